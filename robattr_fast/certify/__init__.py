@@ -1,0 +1,1 @@
+"""From samples to certificates: the loop over samples, the bounds, the theorems, the files."""
