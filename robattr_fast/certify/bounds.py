@@ -10,8 +10,6 @@ from robattr_fast.reference.betting_bounds import betting_bounds
 BOUNDS = ("hoeffding", "kl", "clopper-pearson", "betting")
 """Names of the bounds. `betting` holds at all sample sizes at once, the others for one fixed in advance."""
 
-FIXED_SIZE_BOUNDS = frozenset(BOUNDS) - {"betting"}
-
 
 def check_bound(bound: str, levels: int | None) -> None:
     """Raises ValueError unless `bound` is the name of a bound that exists for maps of this many levels."""
@@ -23,72 +21,65 @@ def check_bound(bound: str, levels: int | None) -> None:
         raise ValueError(f"bound='clopper-pearson' takes levels=1 (0/1 maps), got levels={levels}")
 
 
-def mean_of_counts(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """Sample mean of each element, float64 [B, n]; 0 without samples. counts: int32 [B, n, L], samples: int64 [B].
+def sample_mean(
+    samples: torch.Tensor, *, counts: torch.Tensor | None = None, sums: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sample mean of each element, float64 [B, n], from counts or sums as in `marginal_bounds`; 0 without samples.
 
-    Equal weighted counts give equal bits: the sum is an integer and is divided once.
+    Elements whose weighted counts are equal get equal bits: the sum is an exact integer and is divided once.
     """
+    if counts is None:
+        return sums / samples.clamp_min(1)[:, None]
     levels = counts.shape[2]
-    weights = torch.arange(1, levels + 1, dtype=torch.int64, device=counts.device)
-    # The widest sum is q L < 2^53; accumulated level by level to keep temporaries at [B, n].
-    total = sum(counts[:, :, level].long() * weights[level] for level in range(levels))
-    return mean_of_sums(torch.as_tensor(total, dtype=torch.float64) / levels, samples)
+    total = counts.double() @ torch.arange(1, levels + 1, dtype=torch.float64, device=counts.device)
+    return total / (levels * samples.clamp_min(1))[:, None]
 
 
-def mean_of_sums(sums: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """sums / samples, float64 [B, n]; 0 without samples."""
-    return sums / samples.clamp_min(1)[:, None]
-
-
-def _hoeffding(mean: torch.Tensor, samples: torch.Tensor, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    width = (-math.log(delta) / (2 * samples.double())).sqrt()[:, None]
-    return (mean - width).clamp(0, 1), (mean + width).clamp(0, 1)
+def _hoeffding(mean: torch.Tensor, samples: int, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    width = math.sqrt(-math.log(delta) / (2 * samples))
+    return (mean - width).clamp_min(0), (mean + width).clamp_max(1)
 
 
 def _relative_entropy(p: torch.Tensor, m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """kl(p, m) in nats for 0 < m < 1, and a bound of its rounding error."""
-    gains = torch.xlogy(p, p), torch.xlogy(1 - p, 1 - p)
-    costs = p * m.log(), (1 - p) * torch.log1p(-m)
+    """kl(p, m) in nats, and a bound of its rounding error."""
+    gains = torch.xlogy(p, p), torch.special.xlog1py(1 - p, -p)
+    costs = torch.xlogy(p, m), torch.special.xlog1py(1 - p, -m)
     value = (gains[0] - costs[0]) + (gains[1] - costs[1])
     size = gains[0].abs() + gains[1].abs() + costs[0].abs() + costs[1].abs()
     return value, 8 * torch.finfo(torch.float64).eps * size
 
 
-def _kl_upper(mean: torch.Tensor, samples: torch.Tensor, delta: float) -> torch.Tensor:
-    """The largest m with q kl(mean, m) <= ln(1/delta), rounded upwards. mean: float64 [N], samples: float64 [N].
+def _kl_root(mean: torch.Tensor, outer: torch.Tensor, samples: int, delta: float) -> torch.Tensor:
+    """The m between `mean` and `outer` with q kl(mean, m) = ln(1/delta), rounded away from the mean; all float64 [N].
 
-    Bisection between the mean and the Hoeffding bound, above which the root cannot lie (Pinsker). The upper end of the
-    bracket moves only to points where the computed entropy exceeds the target by more than its rounding error.
+    Bisection from the Hoeffding bound `outer`, which the root cannot pass (Pinsker). The outer end of the bracket moves
+    only to points where the computed entropy exceeds the target by more than its rounding error.
     """
-    target = -math.log(delta)
-    low, high = mean.clone(), (mean + (target / (2 * samples)).sqrt()).clamp(max=1)
-    for _ in range(64):
-        middle = (low + high) / 2
-        inside = (middle > low) & (middle < high)
-        if not inside.any():
-            break
-        value, error = _relative_entropy(mean, torch.where(inside, middle, 0.5))
-        beyond = samples * (value - error) >= target * (1 + torch.finfo(torch.float64).eps)
-        high = torch.where(inside & beyond, middle, high)
-        low = torch.where(inside & ~beyond, middle, low)
-    return high
+    target = -math.log(delta) * (1 + torch.finfo(torch.float64).eps)
+    inner, middle = mean, (mean + outer) / 2
+    while ((middle != inner) & (middle != outer)).any():
+        value, error = _relative_entropy(mean, middle)
+        beyond = samples * (value - error) >= target
+        outer, inner = torch.where(beyond, middle, outer), torch.where(beyond, inner, middle)
+        middle = (inner + outer) / 2
+    return outer
 
 
-def _by_table(mean: torch.Tensor, samples: torch.Tensor, upper) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds of each image by evaluating `upper(distinct means, samples) -> tensor` at the distinct means only."""
-    lower, higher = torch.empty_like(mean), torch.empty_like(mean)
-    for image, q in enumerate(samples.tolist()):
-        table, index = mean[image].unique(return_inverse=True)
-        size = torch.full_like(table, q)
-        higher[image] = upper(table, size)[index]
-        lower[image] = (1 - upper(1 - table, size)).clamp_min(0)[index]
-    return lower, higher
+def _kl(mean: torch.Tensor, samples: int, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    lower, upper = _hoeffding(mean, samples, delta)
+    return _kl_root(mean, lower, samples, delta), _kl_root(mean, upper, samples, delta)
 
 
-def _clopper_pearson_upper(mean: torch.Tensor, samples: torch.Tensor, delta: float) -> torch.Tensor:
-    count = (mean * samples).round()
-    # One minus the lower quantile of the complement: exact 1 at count = q.
-    return 1 - torch.from_numpy(betaincinv((samples - count).numpy(), (count + 1).numpy(), delta)).nan_to_num(0.0)
+def _clopper_pearson(mean: torch.Tensor, samples: int, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    hits = (mean * samples).round().numpy()
+    lower = betaincinv(hits, samples - hits + 1, delta)
+    lower_of_misses = betaincinv(samples - hits, hits + 1, delta)
+    # betaincinv(0, .) is NaN: without a hit the lower bound is 0.
+    lower, lower_of_misses = (torch.from_numpy(bound).nan_to_num(0.0) for bound in (lower, lower_of_misses))
+    return lower, 1 - lower_of_misses
+
+
+_FIXED_SIZE = {"hoeffding": _hoeffding, "kl": _kl, "clopper-pearson": _clopper_pearson}
 
 
 def marginal_bounds(
@@ -134,12 +125,11 @@ def marginal_bounds(
 
     if bound == "betting":
         return betting_bounds(counts, samples, delta)
-    mean = mean_of_counts(counts, samples) if counts is not None else mean_of_sums(sums, samples)
-    if bound == "hoeffding":
-        lower, upper = _hoeffding(mean, samples, delta)
-    elif bound == "kl":
-        lower, upper = _by_table(mean, samples, lambda mean, q: _kl_upper(mean, q, delta))
-    else:
-        lower, upper = _by_table(mean, samples, lambda mean, q: _clopper_pearson_upper(mean, q, delta))
-    empty = (samples == 0)[:, None]
-    return lower.masked_fill(empty, 0.0), upper.masked_fill(empty, 1.0)
+    mean = sample_mean(samples, counts=counts, sums=sums)
+    lower, upper = torch.zeros_like(mean), torch.ones_like(mean)
+    for image, q in enumerate(samples.tolist()):
+        if q > 0:
+            # The bounds depend on the mean alone, and 0/1 maps have at most q + 1 different ones.
+            table, index = mean[image].unique(return_inverse=True)
+            lower[image], upper[image] = (ends[index] for ends in _FIXED_SIZE[bound](table, q, delta))
+    return lower, upper
