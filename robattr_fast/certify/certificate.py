@@ -113,11 +113,13 @@ class Certificate:
             sigma: standard deviation of the noise, in the units of x.
             shape: shape [*M] of one map; default [n].
             class_counts: int32 [B, classes].
-            invalid: int32 [B].
+            invalid: int32 [B], how many of the samples gave no map and counted as 0.
             alpha, bound, slack, second_moment: as in `Settings`, chosen before the counts were seen.
         """
         if not isinstance(counts, torch.Tensor) or counts.ndim != 3:
-            raise ValueError(f"counts must be a tensor of shape [B, n, L], got {getattr(counts, 'shape', type(counts))}")
+            raise ValueError(
+                f"counts must be a tensor of shape [B, n, L], got {getattr(counts, 'shape', type(counts))}"
+            )
         if isinstance(samples, int):
             samples = torch.full((len(counts),), samples, dtype=torch.int64)
         settings = Settings(
@@ -128,6 +130,7 @@ class Certificate:
             bound=bound,
             slack=slack,
             second_moment=second_moment,
+            on_nonfinite="raise" if invalid is None else "zero",
         )
         return cls(counts=counts, samples=samples, invalid=invalid, class_counts=class_counts, settings=settings)
 
@@ -382,7 +385,9 @@ def _check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
             raise TypeError(f"{name} must be a tensor of {_DTYPES[name]}, got {kind}")
     kept = "counts" if settings.levels is not None else "sums"
     if ("counts" in tensors, "sums" in tensors) != (kept == "counts", kept == "sums"):
-        raise ValueError(f"levels={settings.levels} takes {kept} alone, got {sorted(tensors.keys() & {'counts', 'sums'})}")
+        raise ValueError(
+            f"levels={settings.levels} takes {kept} alone, got {sorted(tensors.keys() & {'counts', 'sums'})}"
+        )
     samples, invalid, values = tensors["samples"], tensors["invalid"], tensors[kept]
     images, n = samples.numel(), settings.n
     expected = {"samples": (images,), "invalid": (images,), "counts": (images, n, settings.levels), "sums": (images, n)}
@@ -393,6 +398,8 @@ def _check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
         raise ValueError("a certificate needs at least one image")
     if (samples < 0).any() or (invalid < 0).any() or (invalid > samples).any():
         raise ValueError("invalid samples must be between 0 and samples")
+    if settings.on_nonfinite == "raise" and invalid.any():
+        raise ValueError(f"on_nonfinite='raise' leaves no invalid samples, got {invalid.tolist()}")
     valid = samples - invalid
     total = values if kept == "sums" else values.sum(2, dtype=torch.int64)
     # Written so that NaN fails.

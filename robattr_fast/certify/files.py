@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+import secrets
 from typing import Any
 
 import safetensors
@@ -29,17 +29,15 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises OSError if the folder is missing, not writable or full.
     """
     path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; certificates are for others to read.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        os.unlink(name)
+        part.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -96,11 +96,13 @@ def certified_radius(gaps: torch.Tensor, count: int, n: int) -> torch.Tensor:
 
 
 def slack_candidates(k: int) -> tuple[int, ...]:
-    """Values of the slack m to try for an overlap of k elements: 0 and the powers of 2 below k.
+    """Values of the slack m to try for an overlap of k elements, 0 among them.
 
-    With betting bounds all m hold together, so that the best may be picked after the fact (T4).
+    With betting bounds all m hold together, so that the best may be picked after the fact (T4). The best m is the
+    growth of the certified count per nat of delta: between k/50 and k/500 for q from 500 to 8000. The optimum is flat: a
+    factor 2 beside it costs 0.3 m elements.
     """
-    return (0, *(1 << e for e in range((k - 1).bit_length())))
+    return tuple(sorted({0, k // 512, k // 128, k // 32}))
 
 
 def certified_pixels(lower: torch.Tensor, upper: torch.Tensor, radii: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -83,6 +83,8 @@ class Settings:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.sigma, bool) or not isinstance(self.sigma, (int, float)):
+            raise TypeError(f"sigma must be a number, got {type(self.sigma).__name__}")
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
         if not self.shape or min(self.shape) < 1:
@@ -91,11 +93,11 @@ class Settings:
             raise ValueError(f"levels must be at least 1 or None, got {self.levels}")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {self.on_nonfinite!r}")
-        for evaluation in (self.evaluation, self.declared):
+        for evaluation in (self.declared, self.evaluation):
             check_bound(evaluation.bound, self.levels)
-            if evaluation.slack is not None and not 0 <= evaluation.slack < math.prod(self.shape):
+            self._allot(evaluation)
+            if evaluation.slack is not None and not 0 <= evaluation.slack < self.n:
                 raise ValueError(f"slack must be None or an integer in 0..n-1, got {evaluation.slack}")
-        self.ledger  # noqa: B018 - checks alpha
         lengths = {name: len(value) for name in _PER_IMAGE if (value := getattr(self, name)) is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the fields with one entry per image differ in length: {lengths}")
@@ -124,10 +126,10 @@ class Settings:
     @property
     def ledger(self) -> AlphaLedger:
         """The split of alpha."""
-        used = self.evaluation
-        return AlphaLedger.allot(
-            used.alpha, bound=used.bound, slack=used.slack, second_moment=self.second_moment
-        )
+        return self._allot(self.evaluation)
+
+    def _allot(self, used: Evaluation) -> AlphaLedger:
+        return AlphaLedger.allot(used.alpha, bound=used.bound, slack=used.slack, second_moment=self.second_moment)
 
     def exploring(self, evaluation: Evaluation) -> "Settings":
         """The same settings evaluated differently; with what was declared it is the certificate itself again."""

@@ -100,8 +100,10 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
     log_levels = counts[:, 1:] @ levels.log()
     line = (above[:, None] * shares.log() + counts[:, :1] * torch.log1p(-shares)).logsumexp(1) - math.log(NUM_SHARES)
     start = ((line + log_levels - target) / above).exp().clamp_min(_TINY)
-    rounding = torch.finfo(torch.float64).eps * (counts.shape[1] + 8) * (
-        5 * total + above * (1 - start.log()) - log_levels + target
+    rounding = (
+        torch.finfo(torch.float64).eps
+        * (counts.shape[1] + 8)
+        * (5 * total + above * (1 - start.log()) - log_levels + target)
     )
     # The normal approximation is closer to the root for all but the smallest counts.
     mean = counts[:, 1:] @ levels / total
