@@ -21,18 +21,16 @@ def check_bound(bound: str, levels: int | None) -> None:
         raise ValueError(f"bound='clopper-pearson' takes levels=1 (0/1 maps), got levels={levels}")
 
 
-def sample_mean(
-    samples: torch.Tensor, *, counts: torch.Tensor | None = None, sums: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sample mean of each element, float64 [B, n], from counts or sums as in `marginal_bounds`; 0 without samples.
+def sample_mean(values: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Sample mean of each element, float64 [B, n]; 0 without samples. values, samples: as in `marginal_bounds`.
 
     Elements whose weighted counts are equal get equal bits: the sum is an exact integer and is divided once.
     """
-    if counts is None:
-        return sums / samples.clamp_min(1)[:, None]
-    levels = counts.shape[2]
-    total = counts.double() @ torch.arange(1, levels + 1, dtype=torch.float64, device=counts.device)
-    return total / (levels * samples.clamp_min(1))[:, None]
+    q = samples.clamp_min(1)[:, None]
+    if values.ndim == 2:
+        return values / q
+    levels = values.shape[2]
+    return values.double() @ torch.arange(1, levels + 1, dtype=torch.float64, device=values.device) / (levels * q)
 
 
 def _hoeffding(mean: torch.Tensor, samples: int, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,13 +81,7 @@ _FIXED_SIZE = {"hoeffding": _hoeffding, "kl": _kl, "clopper-pearson": _clopper_p
 
 
 def marginal_bounds(
-    bound: str,
-    delta: float,
-    samples: torch.Tensor,
-    *,
-    counts: torch.Tensor | None = None,
-    sums: torch.Tensor | None = None,
-    unknown: torch.Tensor | None = None,
+    bound: str, delta: float, values: torch.Tensor, samples: torch.Tensor, *, unknown: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower and upper bound of the mean of each element, each of them one-sided at level `delta`.
 
@@ -97,35 +89,29 @@ def marginal_bounds(
         bound: one of `BOUNDS`. `kl` (Chernoff: q kl(mean, m) = ln(1/delta)) is never worse than `hoeffding`;
             `clopper-pearson` (Beta quantiles) is exact for 0/1 samples; `betting` holds at all sample sizes at once.
         delta: error probability of one bound, in (0, 1).
+        values: int32 [B, n, L], counts of the levels 1..L; or float64 [B, n], sums of values in [0, 1], taken as exact.
         samples: int64 [B], samples per image.
-        counts: int32 [B, n, L], counts of the levels 1..L; or
-        sums: float64 [B, n], sums of values in [0, 1]; taken as exact.
         unknown: int32 [B]; so many samples per image count as 1 in every upper bound. They must be among those that
             counted as 0.
 
     Returns:
-        lower, upper: float64 [B, n] in [0, 1] on the CPU. An image without samples has [0, 1].
+        lower, upper: float64 [B, n] in [0, 1]. An image without samples has [0, 1].
 
     Raises:
         ValueError: unknown bound, a bound that does not exist for this kind of map, delta outside (0, 1).
     """
-    if (counts is None) == (sums is None):
-        raise ValueError("give exactly one of counts and sums")
-    check_bound(bound, None if counts is None else counts.shape[2])
+    check_bound(bound, values.shape[2] if values.ndim == 3 else None)
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie in (0, 1), got {delta}")
     if unknown is not None and unknown.any():
-        lower, _ = marginal_bounds(bound, delta, samples, counts=counts, sums=sums)
-        if counts is not None:
-            counts = counts.clone()
-            counts[:, :, -1] += unknown[:, None]
-        else:
-            sums = sums + unknown[:, None]
-        return lower, marginal_bounds(bound, delta, samples, counts=counts, sums=sums)[1]
-
+        lower, _ = marginal_bounds(bound, delta, values, samples)
+        raised = values.clone()
+        (raised if values.ndim == 2 else raised[:, :, -1]).add_(unknown[:, None])
+        return lower, marginal_bounds(bound, delta, raised, samples)[1]
     if bound == "betting":
-        return betting_bounds(counts, samples, delta)
-    mean = sample_mean(samples, counts=counts, sums=sums)
+        return betting_bounds(values, samples, delta)
+
+    mean = sample_mean(values, samples)
     lower, upper = torch.zeros_like(mean), torch.ones_like(mean)
     for image, q in enumerate(samples.tolist()):
         if q > 0:

@@ -14,7 +14,7 @@ from robattr_fast.certify import files, marginal
 from robattr_fast.certify.bounds import marginal_bounds, sample_mean
 from robattr_fast.certify.label import Prediction, certify_label
 from robattr_fast.certify.merge import merge_settings
-from robattr_fast.certify.settings import Evaluation, Settings
+from robattr_fast.certify.settings import PER_IMAGE, Evaluation, Settings
 from robattr_fast.errors import CertificateFileError, MergeError
 
 METHODS = ("best", "marginal", "second-moment")
@@ -70,16 +70,11 @@ class Certificate:
     ) -> None:
         if invalid is None:
             invalid = torch.zeros(len(samples), dtype=torch.int32)
-        tensors = {
-            "samples": samples,
-            "counts": counts,
-            "sums": sums,
-            "invalid": invalid,
-            "class_counts": class_counts,
-        }
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        given = {"samples": samples, "counts": counts, "sums": sums, "invalid": invalid, "class_counts": class_counts}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         _check(tensors, settings)
         self._tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        self._values = self._tensors["sums" if settings.levels is None else "counts"]
         self.settings = settings
         self.counts = self._tensors.get("counts")
         self.sums = self._tensors.get("sums")
@@ -187,7 +182,7 @@ class Certificate:
     @functools.cached_property
     def map(self) -> torch.Tensor:
         """The displayed map: the sample mean, float64 [B, *M] in [0, 1]."""
-        return self._shaped(sample_mean(self.samples, counts=self.counts, sums=self.sums))
+        return self._shaped(sample_mean(self._values, self.samples))
 
     @property
     def lower(self) -> torch.Tensor:
@@ -293,7 +288,7 @@ class Certificate:
     def with_bounds(self, *, bound: str = _KEEP, slack: int | None = _KEEP, alpha: float = _KEEP) -> "Certificate":
         """The same counts with another bound, slack or alpha. For exploration: see `exploratory`."""
         used = self.settings.exploration or Evaluation(self.settings.alpha, self.settings.bound, self.settings.slack)
-        changes = {"bound": bound, "slack": slack, "alpha": alpha}
+        changes: dict[str, Any] = {"bound": bound, "slack": slack, "alpha": alpha}
         changed = dataclasses.replace(used, **{name: v for name, v in changes.items() if v is not _KEEP})
         return Certificate(**self._tensors, settings=self.settings.exploring(changed))
 
@@ -318,7 +313,7 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Certificate":
-        """Reads a certificate. Raises CertificateFileError if it is damaged or contradicts itself, OSError if absent."""
+        """Reads a file. Raises CertificateFileError if it is damaged or contradicts itself, OSError if missing."""
         tensors, manifest = files.load(path)
         try:
             return cls(**tensors, settings=Settings.from_json(manifest))
@@ -347,9 +342,8 @@ class Certificate:
             self._bounds_by_slack[slack] = marginal_bounds(
                 self._usable_bound(settings.levels),
                 settings.ledger.marginal * (slack + 1) / (2 * settings.n),
+                self._values,
                 self.samples,
-                counts=self.counts,
-                sums=self.sums,
                 unknown=self.invalid if settings.on_nonfinite == "abstain" else None,
             )
         return self._bounds_by_slack[slack]
@@ -410,7 +404,7 @@ def _check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
             raise ValueError(f"class_counts must have shape [{images}, classes], got {list(votes.shape)}")
         if (votes < 0).any() or (votes.sum(1, dtype=torch.int64) > valid).any():
             raise ValueError("class_counts must not be negative, nor exceed the valid samples together")
-    for name in ("image_ids", "intervals", "planned_samples", "input_hashes", "target"):
+    for name in PER_IMAGE:
         entries = getattr(settings, name)
         if entries is not None and len(entries) != images:
             raise ValueError(f"{name} must have one entry per image, got {len(entries)} for {images}")

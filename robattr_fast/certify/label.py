@@ -30,7 +30,7 @@ def certify_label(
     """
     most, label = class_counts.max(1)
     tied = (class_counts == most[:, None]).sum(1) > 1
-    lower, _ = marginal_bounds(bound, alpha / 2, samples, counts=most[:, None, None])
+    lower, _ = marginal_bounds(bound, alpha / 2, most[:, None, None], samples)
     lower = lower[:, 0]
     certified = (lower > 0.5) & ~tied
     radius = torch.where(certified, sigma * ndtri(lower), 0.0)

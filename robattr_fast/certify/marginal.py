@@ -39,7 +39,7 @@ def _gaps(stays: torch.Tensor, enters: torch.Tensor, sigma: float) -> torch.Tens
 
 
 def population_gaps(values: torch.Tensor, k: int, sigma: float) -> torch.Tensor:
-    """T2. Radii below which the top-k sets of the smoothed map and of any perturbed one share at least i = 1..k elements.
+    """T2. Radii below which the top-k sets of the smoothed map and any perturbed one share at least i = 1..k elements.
 
     values: the exact smoothed map, float64 [B, n]. Returns float64 [B, k], falling in i. The i-th of the map must
     stay above the (2k - i + 1)-th; given the marginals alone no larger radius is true.
@@ -55,7 +55,7 @@ def population_gaps(values: torch.Tensor, k: int, sigma: float) -> torch.Tensor:
 def sampled_gaps(
     lower: torch.Tensor, upper: torch.Tensor, top: torch.Tensor, k: int, sigma: float, slack: int = 0
 ) -> torch.Tensor:
-    """T3, T4. Radii below which the top-k set of every perturbed smoothed map holds at least i = 1..k elements of `top`.
+    """T3, T4. Radii below which the top-k set of every perturbed smoothed map holds i = 1..k elements of `top` or more.
 
     lower, upper: simultaneous bounds of the smoothed map, float64 [B, n], of which up to `slack` may be wrong.
     top: bool [B, n] with k elements per row. Returns float64 [B, k], falling in i; -inf where nothing is certified.
@@ -98,9 +98,9 @@ def certified_radius(gaps: torch.Tensor, count: int, n: int) -> torch.Tensor:
 def slack_candidates(k: int) -> tuple[int, ...]:
     """Values of the slack m to try for an overlap of k elements, 0 among them.
 
-    With betting bounds all m hold together, so that the best may be picked after the fact (T4). The best m is the
-    growth of the certified count per nat of delta: between k/50 and k/500 for q from 500 to 8000. The optimum is flat: a
-    factor 2 beside it costs 0.3 m elements.
+    With betting bounds all m hold together, so that the best may be picked after the fact (T4). Measured on two
+    synthetic maps of 150528 elements, k = n/5, q = 512, 2048, 8192: the best m lies between k/32 and k/256, and the best
+    of these four certifies a share at most .004 below it (m = 0: .03 to .14 below).
     """
     return tuple(sorted({0, k // 512, k // 128, k // 32}))
 

@@ -13,7 +13,8 @@ NONFINITE = ("raise", "zero", "abstain")
 SAME_MAP = ("sigma", "shape", "levels", "tau", "gamma", "channel_sum", "explain", "target", "model_fingerprint")
 """Fields that define the smoothed map."""
 
-_PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
+PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
+"""Fields with one entry per image."""
 
 Interval = tuple[int, int]
 
@@ -98,7 +99,7 @@ class Settings:
             self._allot(evaluation)
             if evaluation.slack is not None and not 0 <= evaluation.slack < self.n:
                 raise ValueError(f"slack must be None or an integer in 0..n-1, got {evaluation.slack}")
-        lengths = {name: len(value) for name in _PER_IMAGE if (value := getattr(self, name)) is not None}
+        lengths = {name: len(value) for name in PER_IMAGE if (value := getattr(self, name)) is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the fields with one entry per image differ in length: {lengths}")
         for image in self.intervals or ():
@@ -138,10 +139,11 @@ class Settings:
 
     def select(self, images: list[int]) -> "Settings":
         """The settings of some of the images."""
-        entries = {name: getattr(self, name) for name in _PER_IMAGE}
-        return dataclasses.replace(
-            self, **{name: tuple(v[i] for i in images) for name, v in entries.items() if v is not None}
-        )
+        chosen: dict[str, Any] = {}
+        for name in PER_IMAGE:
+            if (entries := getattr(self, name)) is not None:
+                chosen[name] = tuple(entries[image] for image in images)
+        return dataclasses.replace(self, **chosen)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the ledger spelled out."""
