@@ -111,7 +111,7 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
     guess = mean - (2 * variance.clamp_min(0) * (target + math.log(NUM_SHARES)) / total).sqrt()
     bound = torch.maximum(start, guess)
 
-    pending = torch.arange(len(counts), device=counts.device)
+    pending = (start > _TINY).nonzero()[:, 0]
     while len(pending):
         log_wealth, slope = _log_wealth(counts[pending], bound[pending])
         excess = log_wealth - target - 2 * rounding[pending]
