@@ -105,13 +105,14 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
         * (counts.shape[1] + 8)
         * (5 * total + above * (1 - start.log()) - log_levels + target)
     )
+    # Below the aim of the iteration, not only below the target.
+    start = start * (-4 * rounding / above).exp()
     # The normal approximation is closer to the root for all but the smallest counts.
     mean = counts[:, 1:] @ levels / total
     variance = counts[:, 1:] @ levels.square() / total - mean.square()
     guess = mean - (2 * variance.clamp_min(0) * (target + math.log(NUM_SHARES)) / total).sqrt()
-    bound = torch.maximum(start, guess)
-
-    pending = (start > _TINY).nonzero()[:, 0]
+    bound = torch.where(start > _TINY, torch.maximum(start, guess), 0.0)
+    pending = bound.nonzero()[:, 0]
     while len(pending):
         log_wealth, slope = _log_wealth(counts[pending], bound[pending])
         excess = log_wealth - target - 2 * rounding[pending]
@@ -119,7 +120,7 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
         pending = pending[moving]
         step = (-excess[moving] / slope[moving]).exp()
         bound[pending] = torch.maximum(bound[pending] * step, start[pending])
-    return torch.where(start > _TINY, bound, 0.0)
+    return bound
 
 
 def _lower_of_rows(counts: torch.Tensor, delta: float) -> torch.Tensor:
