@@ -2,7 +2,7 @@
 
 from robattr_fast import backends, reference
 from robattr_fast.errors import BackendError, CertificateFileError, MergeError, ModelError, NonFiniteError
-from robattr_fast.ops import noisy_samples
+from robattr_fast.ops import count_sparsified_, noisy_samples, sparsify, topk_threshold
 
 __all__ = [
     "BackendError",
@@ -11,6 +11,9 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "backends",
+    "count_sparsified_",
     "noisy_samples",
     "reference",
+    "sparsify",
+    "topk_threshold",
 ]
