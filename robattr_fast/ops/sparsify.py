@@ -11,9 +11,7 @@ from robattr_fast.reference._select import comparable, selected
 from robattr_fast.reference.sparsify import sparsify as _reference
 
 
-def sparsify(
-    scores: torch.Tensor, tau: float, gamma: float | None = None, *, levels: int | None = 1
-) -> torch.Tensor:
+def sparsify(scores: torch.Tensor, tau: float, gamma: float | None = None, *, levels: int | None = 1) -> torch.Tensor:
     """The sparsified map h of scores (Levine, Singla, Feizi, arXiv 1905.12105), each row by itself.
 
     Args:

@@ -1,6 +1,6 @@
 """Every operator in plain PyTorch: the definition that all backends are tested against."""
 
-from robattr_fast.reference.count_sparsified_ import count_sparsified_
+from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.noisy_samples import noisy_samples
 from robattr_fast.reference.sparsify import sparsify
 from robattr_fast.reference.topk_threshold import topk_threshold
