@@ -111,7 +111,7 @@ def test_edges(levels):
     at_full = betting_bounds(full, 700, 0.01)
     assert (at_full[1] == 1).all()
     torch.testing.assert_close(at_full[0], 1 - upper, rtol=1e-12, atol=0)
-    assert (0 < upper).all()
+    assert (upper > 0).all()
     assert (upper < 0.02).all()
     lower, upper = betting_bounds(zero, 0, 0.01)
     assert (lower == 0).all()

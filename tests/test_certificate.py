@@ -97,6 +97,8 @@ def test_a_share_is_compared_as_it_is_written():
     for k in range(1, N // 2 + 1):
         for count in range(1, k + 1):
             assert torch.equal(cert.radius(k, count / k), cert.radius(k, (count - 0.5) / k))
+            if count < k:
+                assert torch.equal(cert.radius(k, np.nextafter(count / k, 1)), cert.radius(k, (count + 0.5) / k))
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def claims_too_much(certificate: Certificate, truth: torch.Tensor, k: int) -> to
     top = marginal.top_k(certificate.map.flatten(1), k)
     exact = truth.expand(len(certificate), -1).contiguous()
     limits = marginal.sampled_gaps(exact, exact, top, k, certificate.settings.sigma)
-    # The overlap as a function of the radius is the staircase of its gaps; it exceeds another one where a gap is larger.
+    # The overlap is a staircase in the radius, which falls at the gaps: it exceeds another one where a gap is larger.
     return (certificate._gaps(k).clamp_min(0) > limits.clamp_min(0)).any(1)
 
 

@@ -20,7 +20,7 @@ class Prediction(NamedTuple):
 def certify_label(
     class_counts: torch.Tensor, samples: torch.Tensor, alpha: float, sigma: float, bound: str
 ) -> Prediction:
-    """The class of the largest count with its certified radius sigma Phi^-1(L); abstains unless L > 1/2, and on a tie.
+    """The class of the largest count with its certified radius sigma Phi^-1(L); abstains unless L > 1/2.
 
     L is the lower bound of the share of that class at level alpha/2. The half pays for choosing the class from the
     same samples: among the classes whose share is at most 1/2, the chance that one passes is at most alpha/2 in all.
@@ -29,9 +29,9 @@ def certify_label(
     Source: Cohen, Rosenfeld, Kolter, Certified adversarial robustness via randomized smoothing, ICML 2019.
     """
     most, label = class_counts.max(1)
-    tied = (class_counts == most[:, None]).sum(1) > 1
     lower, _ = marginal_bounds(bound, alpha / 2, most[:, None, None], samples)
     lower = lower[:, 0]
-    certified = (lower > 0.5) & ~tied
+    # A lower bound above 1/2 takes more than half of the samples, so that no tie passes.
+    certified = lower > 0.5
     radius = torch.where(certified, sigma * ndtri(lower), 0.0)
     return Prediction(torch.where(certified, label, -1), radius)

@@ -1,0 +1,115 @@
+// Integer vectors of one register, comparisons to bit masks, and packing the lanes that a mask names. Included by
+// cpu/select.h; no include guard. Wider vectors than a register, as in cpu/simd.h, gcc compares one lane at a time.
+
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
+constexpr int kRegister = 64;
+#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+template <class Key>
+struct VectorOf {
+  typedef Key type __attribute__((vector_size(kRegister)));
+};
+template <class Key>
+using Vector = typename VectorOf<Key>::type;
+template <class Key>
+constexpr int kWidth = kRegister / sizeof(Key);
+
+template <class Key>
+ROBATTR_INLINE Vector<Key> load_vector(const Key* p) {
+  Vector<Key> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Bit i is set where lane i of `mask` (0 or -1 in each lane) is.
+template <class Key>
+ROBATTR_INLINE uint32_t mask_bits(Vector<Key> mask) {
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
+  if constexpr (sizeof(Key) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
+  if constexpr (sizeof(Key) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(Key) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth<Key>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <class Key>
+ROBATTR_INLINE uint32_t greater(Vector<Key> a, Vector<Key> b) {
+  return mask_bits<Key>(a > b);
+}
+
+template <class Key>
+ROBATTR_INLINE uint32_t equals(Vector<Key> a, Vector<Key> b) {
+  return mask_bits<Key>(a == b);
+}
+
+#if ROBATTR_ISA == ROBATTR_ISA_AVX2
+// Byte j of entry m: which 32-bit lane goes to lane j when the lanes named by m are packed.
+struct PackTable {
+  uint64_t order[256];
+  constexpr PackTable() : order() {
+    for (int m = 0; m < 256; ++m) {
+      int packed = 0;
+      for (uint64_t lane = 0; lane < 8; ++lane) {
+        if (m >> lane & 1) order[m] |= lane << (8 * packed++);
+      }
+    }
+  }
+};
+static constexpr PackTable kPack;
+
+ROBATTR_INLINE __m256i pack(__m256i v, uint32_t mask) {
+  return _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(kPack.order[mask])));
+}
+#endif
+
+// Stores the lanes of v that `mask` names one after another and returns how many. Other elements up to a whole vector
+// from `out` on are overwritten.
+template <class Key>
+ROBATTR_INLINE int compress(Key* out, Vector<Key> v, uint32_t mask) {
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
+  if constexpr (sizeof(Key) == 4) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), (__m512i)v));
+  } else {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(static_cast<__mmask8>(mask), (__m512i)v));
+  }
+#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
+  // Two 32-bit lanes for each of 64 bits.
+  const uint32_t lanes = sizeof(Key) == 4 ? mask : _pdep_u32(mask, 0x55) * 3;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), pack((__m256i)v, lanes));
+#else
+  for (int i = 0; i < kWidth<Key>; ++i) {
+    *out = v[i];
+    out += mask >> i & 1;
+  }
+#endif
+  return __builtin_popcount(mask);
+}
+
+// The same for 32-bit values that go with the keys: list[0, kWidth<Key>).
+template <class Key>
+ROBATTR_INLINE void compress_list(uint32_t* out, const uint32_t* list, uint32_t mask) {
+#if ROBATTR_ISA != ROBATTR_ISA_BASELINE
+  if constexpr (sizeof(Key) == 4) {
+    compress(reinterpret_cast<int32_t*>(out), load_vector(reinterpret_cast<const int32_t*>(list)), mask);
+    return;
+  }
+#endif
+  uint32_t lanes[kWidth<Key>];
+  std::memcpy(lanes, list, sizeof lanes);
+  for (int i = 0; i < kWidth<Key>; ++i) {
+    *out = lanes[i];
+    out += mask >> i & 1;
+  }
+}
