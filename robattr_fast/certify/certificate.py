@@ -253,7 +253,10 @@ class Certificate:
         gaps = self._gaps(k)
         # The least count whose share, rounded as `overlap` rounds it, is enough.
         count = math.ceil(overlap * k)
-        count += (count / k < overlap) - ((count - 1) / k >= overlap)
+        if count / k < overlap:
+            count += 1
+        elif (count - 1) / k >= overlap:
+            count -= 1
         return marginal.certified_radius(gaps, count, self.settings.n)
 
     def pixels(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
