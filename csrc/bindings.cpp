@@ -1,0 +1,6 @@
+// Registration only. Schemas: robattr_fast/ops/_schema.py.
+#include "cpu/operators.h"
+
+STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
+  m.impl("noisy_samples", TORCH_BOX(&robattr_fast::noisy_samples));
+}

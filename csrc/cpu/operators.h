@@ -1,0 +1,48 @@
+// The CPU kernels that csrc/bindings.cpp registers, and what they share. Arguments were checked in Python.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace robattr_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType scalar_type_of = std::is_same_v<T, double>          ? ScalarType::Double
+                                      : std::is_same_v<T, float>         ? ScalarType::Float
+                                      : std::is_same_v<T, c10::BFloat16> ? ScalarType::BFloat16
+                                                                         : ScalarType::Half;
+
+// f(T{}) for the element type T of a floating-point tensor.
+template <class F>
+void dispatch_float(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    case ScalarType::Half:
+      return f(c10::Half{});
+    default:
+      STD_TORCH_CHECK(false, "takes float32, float64, bfloat16 or float16");
+  }
+}
+
+// out [B, q, *S] (contiguous, or channels-last per sample) = x [B, *S] (contiguous) + noise; image_ids int64 [B].
+void noisy_samples(Tensor out, Tensor x, double sigma, int64_t seed, int64_t first_sample, Tensor image_ids);
+
+}  // namespace robattr_fast

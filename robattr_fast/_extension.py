@@ -1,0 +1,45 @@
+"""Loads the compiled extension, if there is one. It is never built here: see `robattr_fast.build`."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from robattr_fast import build
+from robattr_fast.errors import BackendError
+
+
+@functools.cache
+def load() -> tuple[bool, str]:
+    """Load the extension once: (True, its path), or (False, why there is none).
+
+    ROBATTR_FAST_REQUIRE_EXT=1 turns a missing extension into BackendError, ROBATTR_FAST_DISABLE_EXT=1 ignores it.
+    """
+    if os.environ.get("ROBATTR_FAST_DISABLE_EXT") == "1":
+        return False, "the extension is disabled by ROBATTR_FAST_DISABLE_EXT=1"
+    reason = "the extension is not built (python -m robattr_fast.build compiles it)"
+    for path in (build.installed_library(), build.cached_library()):
+        if not path.exists():
+            continue
+        try:
+            torch.ops.load_library(path)
+            return True, str(path)
+        except OSError as error:
+            reason = f"the extension at {path} does not load: {error}"
+    if os.environ.get("ROBATTR_FAST_REQUIRE_EXT") == "1":
+        raise BackendError(f"ROBATTR_FAST_REQUIRE_EXT=1, but {reason}")
+    return False, reason
+
+
+def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """`backends.Implementation.can_run` of every C++ CPU kernel."""
+    if device.type != "cpu":
+        return False, f"the cpu backend takes CPU tensors, got {device}"
+    return load()
+
+
+def can_run_anywhere(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """`backends.Implementation.can_run` of every reference."""
+    return True, ""

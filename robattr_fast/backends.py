@@ -1,0 +1,172 @@
+"""Which backend runs an operator: a preference per operator, and the exact reason for every backend passed over.
+
+The environment variable ROBATTR_FAST_BACKEND sets the default preference of the process: a backend's name, or entries
+``operator=name`` separated by commas (``noisy_samples=reference,sparsify=cpu``).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+from robattr_fast.errors import BackendError
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+# Fastest first; what a device's list does not name is used on request only.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_logger = logging.getLogger("robattr_fast")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one operator. ``can_run(device, dtype) -> (ok, reason)``: the reason says why not."""
+
+    call: Callable
+    can_run: Callable[[torch.device, torch.dtype], tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Preferred backend for all operators (``default``) or one (``operators``); ``strict`` forbids the next best."""
+
+    default: str | None = None
+    operators: dict[str, str] = field(default_factory=dict)
+    strict: bool = False
+
+    def backend(self, operator: str) -> str | None:
+        return self.operators.get(operator, self.default)
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+_preference: ContextVar[Preference | None] = ContextVar("robattr_fast_backend", default=None)
+
+
+def register(operator: str, backend: str, call: Callable, can_run: Callable[..., tuple[bool, str]]) -> None:
+    """Make ``call`` the ``backend`` implementation of ``operator``."""
+    _registry.setdefault(operator, {})[backend] = Implementation(call, can_run)
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all registered operators."""
+    return tuple(sorted(_registry))
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{argument}: got {name!r}, takes one of {', '.join(NAMES)}")
+    return name
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(value: str) -> Preference:
+    default, per_operator = None, {}
+    for entry in filter(None, (part.strip() for part in value.split(","))):
+        operator, equals, name = entry.partition("=")
+        if equals:
+            per_operator[operator.strip()] = _checked(name.strip(), f"ROBATTR_FAST_BACKEND ({operator.strip()})")
+        else:
+            default = _checked(entry, "ROBATTR_FAST_BACKEND")
+    return Preference(default, per_operator)
+
+
+def preference() -> Preference:
+    """The preference in force here: the innermost `use`, else the environment variable."""
+    return _preference.get() or _parse(os.environ.get("ROBATTR_FAST_BACKEND", ""))
+
+
+class use:
+    """Prefer a backend: ``with use("triton"): ...``, ``use("cpu", strict=True)``, ``use(noisy_samples="reference")``.
+
+    Takes effect at once, like `torch.set_grad_enabled`; as a context manager it is undone at the end. An operator that
+    lacks the backend takes the next one and logs the reason once; with ``strict`` it raises `BackendError`.
+    """
+
+    def __init__(self, backend: str | None = None, *, strict: bool = False, **operators: str) -> None:
+        if backend is not None:
+            _checked(backend, "backend")
+        for operator, name in operators.items():
+            if operator not in _registry:
+                raise ValueError(f"use() got operator {operator!r}, takes one of {', '.join(sorted(_registry))}")
+            _checked(name, operator)
+        outer = preference()
+        merged = {} if backend is not None else dict(outer.operators)
+        self._token = _preference.set(Preference(backend or outer.default, merged | operators, strict))
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _preference.reset(self._token)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _candidates(operator: str, device: torch.device, dtype: torch.dtype):
+    """(backend, implementation or None, reason) in the order in which they are tried."""
+    order = _ORDER.get(device.type, ("reference",))
+    preferred = preference().backend(operator)
+    for name in dict.fromkeys((preferred, *order) if preferred else order):
+        implementation = _registry[operator].get(name)
+        if implementation is None:
+            yield name, None, f"{operator} has no {name} backend"
+            continue
+        ok, reason = implementation.can_run(device, dtype)
+        yield name, implementation if ok else None, reason
+
+
+def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """Name and function of the backend that runs ``operator`` on this device and dtype."""
+    strict = preference().strict and preference().backend(operator)
+    for name, implementation, reason in _candidates(operator, device, dtype):
+        if implementation is not None:
+            return name, implementation.call
+        if strict:
+            raise BackendError(f"{operator}: backend {name!r} was demanded (strict=True), but {reason}")
+        _log_once(f"{operator}: backend {name!r} passed over: {reason}")
+    raise BackendError(f"{operator}: no backend runs on device {device} with dtype {dtype}")
+
+
+def call(operator: str, tensor: torch.Tensor, *args, **kwargs):
+    """Run ``operator`` on the backend chosen for ``tensor``, which is its first argument."""
+    return choose(operator, tensor.device, tensor.dtype)[1](tensor, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that would run one operator on one device, and why each earlier candidate would not."""
+
+    operator: str
+    device: str
+    backend: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.passed_over.items())
+        return f"{self.operator} on {self.device}: {self.backend}{reasons}"
+
+
+def explain(dtype: torch.dtype = torch.float32) -> list[Explanation]:
+    """What runs where, for every operator and every device present, under the preference in force."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for operator in operators():
+            passed_over = {}
+            chosen = "none"
+            for name, implementation, reason in _candidates(operator, torch.device(device), dtype):
+                if implementation is not None:
+                    chosen = name
+                    break
+                passed_over[name] = reason
+            rows.append(Explanation(operator, device, chosen, passed_over))
+    return rows

@@ -1,0 +1,25 @@
+"""All operator schemas. They exist whether or not the extension does; C++ and Python only register implementations.
+
+``robattr_fast::X`` is what users and torch.compile see; its implementations are Python functions that check, choose a
+backend and allocate. ``robattr_fast_C::X`` is one C++ kernel; it writes into tensors it is given.
+"""
+
+from __future__ import annotations
+
+from torch.library import Library
+
+# int64 seeds carry an unsigned 64-bit value in two's complement.
+_PUBLIC = (
+    "noisy_samples(Tensor x, float sigma, SymInt num_samples, int seed, SymInt first_sample, Tensor? image_ids, "
+    "Tensor? sample_offset, ScalarType? dtype, bool channels_last) -> Tensor",
+)
+
+_KERNELS = ("noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",)
+
+PUBLIC = Library("robattr_fast", "DEF")
+KERNELS = Library("robattr_fast_C", "DEF")
+
+for _schema in _PUBLIC:
+    PUBLIC.define(_schema)
+for _schema in _KERNELS:
+    KERNELS.define(_schema)

@@ -1,0 +1,140 @@
+"""`noisy_samples`: checks, public function, fake kernel, autograd, choice of backend. Definition: reference/."""
+
+from __future__ import annotations
+
+import torch
+
+from robattr_fast import _extension, backends
+from robattr_fast.ops import _check, _schema
+from robattr_fast.reference.noisy_samples import noisy_samples as _reference
+
+_INDEX_END = 2**32  # sample indices and image ids are one 32-bit word of the counter
+
+
+def noisy_samples(
+    x: torch.Tensor,
+    sigma: float,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    image_ids: torch.Tensor | None = None,
+    sample_offset: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> torch.Tensor:
+    """x + sigma * z for ``num_samples`` draws of Gaussian noise that depends only on (seed, image, sample, element).
+
+    Args:
+        x: [B, *S], float32, float64, bfloat16 or float16.
+        sigma: standard deviation of the noise, in the units of x, > 0.
+        num_samples: draws per image; first_sample + num_samples <= 2^32.
+        seed: 0 <= seed < 2^64.
+        first_sample: index of the first draw.
+        image_ids: int64 [B] in [0, 2^32); default arange(B).
+        sample_offset: int64 [1] on x's device, added to first_sample (a captured graph can advance it).
+        dtype: of the result; default x.dtype.
+        channels_last: each [num_samples, C, H, W] slice becomes channels-last contiguous; x must be [B, C, H, W].
+
+    Returns:
+        [B, num_samples, *S]. The same bits from every backend, batch size and split of the samples. Differentiable in x
+        (to every order; the gradient is the sum over samples), not in sigma.
+
+    Raises:
+        TypeError, ValueError: an argument outside of what is named above.
+    """
+    _check.float_tensor("x", x, min_dim=2)
+    _check.positive("sigma", sigma)
+    _check.integer("num_samples", num_samples, 1, _INDEX_END)
+    _check.integer("first_sample", first_sample, 0, _INDEX_END - num_samples)
+    if dtype is not None and dtype not in _check.FLOAT_DTYPES:
+        raise TypeError(f"dtype: got {dtype}, takes float32, float64, bfloat16, float16 or None")
+    if channels_last and x.dim() != 4:
+        raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
+    if image_ids is not None and (image_ids.dtype != torch.int64 or image_ids.shape != x.shape[:1]):
+        raise ValueError(f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 ({x.shape[0]},)")
+    if sample_offset is not None and (sample_offset.dtype != torch.int64 or sample_offset.shape != (1,)):
+        raise ValueError(
+            f"sample_offset: got {sample_offset.dtype} {tuple(sample_offset.shape)}, takes int64 (1,) on x's device"
+        )
+    return torch.ops.robattr_fast.noisy_samples(
+        x,
+        float(sigma),
+        num_samples,
+        _check.seed(seed),
+        first_sample,
+        image_ids,
+        sample_offset,
+        dtype,
+        channels_last,
+    )
+
+
+def _empty_result(x, num_samples, dtype, channels_last):
+    if not channels_last:
+        return x.new_empty((x.shape[0], num_samples, *x.shape[1:]), dtype=dtype or x.dtype)
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, num_samples, height, width, channels), dtype=dtype or x.dtype).permute(0, 1, 4, 2, 3)
+
+
+def fill(out: torch.Tensor, x: torch.Tensor, sigma: float, *, seed: int, first_sample: int, image_ids: torch.Tensor):
+    """Write the noisy samples of x into ``out`` [B, num_samples, *S], whose strides are those of `_empty_result`.
+
+    For loops that reuse one buffer. ``seed`` in two's complement; no checks beyond image_ids' range.
+    """
+    if not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
+        raise ValueError(f"image_ids: got {image_ids.tolist()}, takes integers in [0, 2^32)")
+    backends.call("noisy_samples", x, out, sigma, seed, first_sample, image_ids)
+
+
+def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last):
+    if image_ids is None:
+        image_ids = torch.arange(x.shape[0], device=x.device)
+    if sample_offset is not None:
+        first_sample = first_sample + int(sample_offset)
+        _check.integer("first_sample + sample_offset", first_sample, 0, _INDEX_END - num_samples)
+    out = _empty_result(x, num_samples, dtype, channels_last)
+    fill(out, x, sigma, seed=seed, first_sample=first_sample, image_ids=image_ids)
+    return out
+
+
+def _run_reference(x, out, sigma, seed, first_sample, image_ids):
+    out.copy_(
+        _reference(
+            x,
+            sigma,
+            out.shape[1],
+            seed=seed % 2**64,
+            first_sample=first_sample,
+            image_ids=image_ids,
+            dtype=out.dtype,
+        )
+    )
+
+
+def _run_cpu(x, out, sigma, seed, first_sample, image_ids):
+    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first_sample, image_ids.contiguous())
+
+
+backends.register("noisy_samples", "reference", _run_reference, _extension.can_run_anywhere)
+backends.register("noisy_samples", "cpu", _run_cpu, _extension.can_run_cpu)
+_schema.PUBLIC.impl("noisy_samples", _run, "CPU")
+_schema.PUBLIC.impl("noisy_samples", _run, "CUDA")
+
+
+@torch.library.register_fake("robattr_fast::noisy_samples", lib=_schema.PUBLIC)
+def _fake(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last):
+    return _empty_result(x, num_samples, dtype, channels_last)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.x_dtype = inputs[0].dtype
+
+
+def _backward(ctx, grad):
+    return grad.sum(dim=1).to(ctx.x_dtype), *[None] * 8
+
+
+torch.library.register_autograd(
+    "robattr_fast::noisy_samples", _backward, setup_context=_setup_context, lib=_schema.PUBLIC
+)
