@@ -3,4 +3,5 @@
 
 STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
   m.impl("noisy_samples", TORCH_BOX(&robattr_fast::noisy_samples));
+  m.impl("packed_gram", TORCH_BOX(&robattr_fast::packed_gram));
 }

@@ -12,9 +12,13 @@ from torch.library import Library
 _PUBLIC = (
     "noisy_samples(Tensor x, float sigma, SymInt num_samples, int seed, SymInt first_sample, Tensor? image_ids, "
     "Tensor? sample_offset, ScalarType? dtype, bool channels_last) -> Tensor",
+    "packed_gram(Tensor rows, int num_levels, Tensor? other, Tensor? mask) -> Tensor",
 )
 
-_KERNELS = ("noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",)
+_KERNELS = (
+    "noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",
+    "packed_gram(Tensor(a!) out, Tensor rows, Tensor other, Tensor? mask, int num_levels, bool symmetric) -> ()",
+)
 
 PUBLIC = Library("robattr_fast", "DEF")
 KERNELS = Library("robattr_fast_C", "DEF")
