@@ -1,8 +1,26 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import robattr_fast as rf
+from robattr_fast import _extension
+from robattr_fast.ops import packed_gram
 from robattr_fast.reference.pack_levels import pack_levels, packed_row_bytes, unpack_levels
-from robattr_fast.reference.packed_gram import packed_gram
+
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(not _extension.load()[0], reason="the extension is not built")),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest):
+    with rf.backends.use(request.param, strict=True):
+        yield request.param
+
 
 SIZES = [1, 7, 512, 513, 1000, 40000]
 
@@ -33,6 +51,7 @@ def test_layout_is_little_endian() -> None:
     assert pack_levels(nibbles, 15)[:3].tolist() == [3 + 16 * 15, 16 * 9, 0]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("num_levels", [1, 2, 15])
 @pytest.mark.parametrize("n", SIZES)
 def test_gram_is_the_dense_product(n: int, num_levels: int) -> None:
@@ -48,20 +67,52 @@ def test_gram_is_the_dense_product(n: int, num_levels: int) -> None:
     assert torch.equal(packed_gram(rows, num_levels, other, mask), a * weights @ b.T)
 
 
+@pytest.mark.usefixtures("backend")
 def test_gram_of_the_largest_values_is_exact() -> None:
     rows = pack_levels(torch.full((2, 150528), 15, dtype=torch.uint8), 15)
     assert packed_gram(rows, 15).unique().tolist() == [225 * 150528]
 
 
+@pytest.mark.usefixtures("backend")
 def test_gram_grows_by_new_rows() -> None:
-    rows = pack_levels(random_levels((12, 777), 15), 15)
-    old, new = rows[:8], rows[8:]
-    grown = torch.empty(12, 12, dtype=torch.int64)
-    grown[:8, :8] = packed_gram(old, 15)
-    grown[8:, :8] = packed_gram(new, 15, old)
-    grown[:8, 8:] = grown[8:, :8].T
-    grown[8:, 8:] = packed_gram(new, 15)
+    rows = pack_levels(random_levels((150, 777), 15), 15)
+    old, new = rows[:70], rows[70:]
+    grown = torch.empty(150, 150, dtype=torch.int64)
+    grown[:70, :70] = packed_gram(old, 15)
+    grown[70:, :70] = packed_gram(new, 15, old)
+    grown[:70, 70:] = grown[70:, :70].T
+    grown[70:, 70:] = packed_gram(new, 15)
     assert torch.equal(grown, packed_gram(rows, 15))
+
+
+@pytest.mark.skipif(not _extension.load()[0], reason="the extension is not built")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_integers(isa: str) -> None:
+    """The level is read once per process, so each gets its own."""
+    script = (
+        "import torch, robattr_fast as rf\n"
+        "from robattr_fast.ops import packed_gram\n"
+        "for levels, width in ((1, 5000), (15, 20032)):\n"
+        "    width -= width % 64\n"
+        "    rows = torch.randint(0, 256, (71, width), dtype=torch.uint8)\n"
+        "    mask = torch.randint(0, 2, (width,), dtype=torch.uint8) * 255\n"
+        "    arguments = (levels, rows[5:14], mask)\n"
+        "    with rf.backends.use('cpu', strict=True):\n"
+        "        found = packed_gram(rows, *arguments), packed_gram(rows, levels)\n"
+        "    with rf.backends.use('reference', strict=True):\n"
+        "        assert torch.equal(found[0], packed_gram(rows, *arguments))\n"
+        "        assert torch.equal(found[1], packed_gram(rows, levels))\n"
+    )
+    environment = os.environ | {"ROBATTR_FAST_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if "this CPU has" in done.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_operator_passes_opcheck() -> None:
+    rows = pack_levels(random_levels((5, 100), 15), 15)
+    torch.library.opcheck(torch.ops.robattr_fast.packed_gram, (rows, 15, rows[:2], rows[0]))
 
 
 @pytest.mark.parametrize(
