@@ -186,9 +186,7 @@ def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Ten
         return None
     classes = torch.as_tensor(target, device=x.device)
     if classes.dtype not in (torch.int64, torch.int32) or classes.dim() > 1:
-        raise TypeError(
-            f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image"
-        )
+        raise TypeError(f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image")
     if classes.dim() == 1 and classes.shape != x.shape[:1]:
         raise ValueError(f"target: got {classes.numel()} classes, takes one, or one for each of {x.shape[0]} images")
     return classes.to(torch.int64).expand(x.shape[0])

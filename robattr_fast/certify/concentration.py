@@ -75,9 +75,9 @@ class GramSummary:
     """All that T7 needs from the retained samples, six numbers per look. h is in units of 1, not of levels.
 
     rows: m, the samples in the Gram matrix. norm2: ||mean||^2 of theirs. eigenvalue: the largest of the centred Gram
-    matrix over m, that is of the empirical covariance. For the first floor(m/2) samples, of mean a and empirical covariance Sigma_A:
-    half_eigenvalue: the largest eigenvalue of Sigma_A; half_norm2: ||a||^2; half_mean: mean over the other samples of
-    (h - a)' Sigma_A (h - a).
+    matrix over m, that is of the empirical covariance. For the first floor(m/2) samples, of mean a and empirical
+    covariance Sigma_A: half_eigenvalue: the largest eigenvalue of Sigma_A; half_norm2: ||a||^2; half_mean: mean over
+    the other samples of (h - a)' Sigma_A (h - a). All rounded up.
     """
 
     rows: int
@@ -185,8 +185,8 @@ def mean_bound(
 ) -> float:
     """Upper confidence bound x <= ``high`` on the mean of independent samples in [0, ceiling], rounded outward.
 
-    The largest x with samples * kl(observed(x)/ceiling, x/ceiling) <= log_inverse, or with observed(x) >= x. The average
-    of the samples is known only to be at most ``observed(x)``, which must not fall in x.
+    The largest x with samples * kl(observed(x)/ceiling, x/ceiling) <= log_inverse, or with observed(x) >= x. The
+    average of the samples is known only to be at most ``observed(x)``, which must not fall in x.
     """
 
     def excluded(a: np.ndarray, b: np.ndarray) -> np.ndarray:

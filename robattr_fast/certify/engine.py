@@ -144,7 +144,9 @@ class _Run:
         self.next_look = [_FIRST_LOOK] * images
 
     def certificate(self) -> Certificate:
-        intervals = tuple(((self.first_sample, self.first_sample + done),) if done else () for done in self.done)
+        intervals = tuple(
+            ((self.first_sample, self.first_sample + done),) if done else () for done in self.done
+        )
         return self.counts.certificate(self.settings.sampled(intervals, self.sampler.batch_size))
 
     def work(self) -> Iterator[Segment]:

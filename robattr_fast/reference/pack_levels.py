@@ -1,4 +1,4 @@
-"""Packed levels: the definition. One bit per element where a map has two values, one nibble where it has up to sixteen."""
+"""Packed levels: the definition. One bit per element of a map with two values, one nibble of one with up to 16."""
 
 import torch
 from torch import Tensor
