@@ -110,5 +110,7 @@ def scores(
     attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
     if not isinstance(attribution, torch.Tensor) or attribution.shape != batch.shape:
         got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__
-        raise ModelError(f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}")
+        raise ModelError(
+            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}"
+        )
     return attribution.detach(), logits

@@ -7,7 +7,7 @@ batch is padded to the fixed size and the surplus dropped: a model may round dif
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from robattr_fast import model as _model
 from robattr_fast.ops import _check
-from robattr_fast.ops import noisy_samples as _noise
+from robattr_fast.ops.noisy_samples import fill
 
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
@@ -39,6 +39,17 @@ class Scored:
     logits: torch.Tensor  # [count, classes]
 
 
+def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, batch_size: int) -> list[Segment]:
+    """The next rows to score, where image i has ``done[i]`` of ``wanted[i]`` samples; empty when all are done."""
+    segments = []
+    room = batch_size
+    for image, (have, want) in enumerate(zip(done, wanted, strict=True)):
+        if count := min(want - have, room):
+            segments.append(Segment(image, first_sample + have, count))
+            room -= count
+    return segments
+
+
 class Sampler:
     """Scores of noisy copies of the images x [B, *S] under a model.
 
@@ -48,7 +59,7 @@ class Sampler:
         seed: 0 <= seed < 2^64.
         image_ids: int64 [B].
 
-    Set the batch size before `batches`.
+    Set the batch size before `run`.
     """
 
     def __init__(
@@ -74,10 +85,11 @@ class Sampler:
 
     def probe(self) -> int:
         """Run one sample, so that a model that cannot be explained fails before any work; the number of classes."""
-        (scored,) = self._run([Segment(0, 0, 1)], 1)
-        classes = scored.logits.shape[1]
+        with torch.no_grad():
+            classes = _model.forward(self.model, self.x[:1]).shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
+        self._run([Segment(0, 0, 1)], 1)
         return classes
 
     def set_batch_size(self, batch_size: int | str, samples: int) -> None:
@@ -107,21 +119,9 @@ class Sampler:
             size *= 2
         return best
 
-    def batches(self, work: Sequence[Segment]) -> Iterator[list[Scored]]:
-        """Score all rows of ``work``, batch by batch."""
-        pending: list[Segment] = []
-        room = self.batch_size
-        for segment in work:
-            first, left = segment.first_sample, segment.count
-            while left:
-                count = min(left, room)
-                pending.append(Segment(segment.image, first, count))
-                first, left, room = first + count, left - count, room - count
-                if room == 0:
-                    yield self._run(pending, self.batch_size)
-                    pending, room = [], self.batch_size
-        if pending:
-            yield self._run(pending, self.batch_size)
+    def run(self, segments: Sequence[Segment]) -> list[Scored]:
+        """Score one batch of at most ``batch_size`` rows."""
+        return self._run(segments, self.batch_size)
 
     def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
         if self._buffer.shape[:1] != (batch_size,):
@@ -133,7 +133,7 @@ class Sampler:
         images = []
         for segment in padded:
             i = segment.image
-            _noise.fill(
+            fill(
                 self._buffer[row : row + segment.count].unsqueeze(0),
                 self.x[i : i + 1],
                 self.sigma,
@@ -186,7 +186,9 @@ def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Ten
         return None
     classes = torch.as_tensor(target, device=x.device)
     if classes.dtype not in (torch.int64, torch.int32) or classes.dim() > 1:
-        raise TypeError(f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image")
+        raise TypeError(
+            f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image"
+        )
     if classes.dim() == 1 and classes.shape != x.shape[:1]:
         raise ValueError(f"target: got {classes.numel()} classes, takes one, or one for each of {x.shape[0]} images")
     return classes.to(torch.int64).expand(x.shape[0])

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.ops import _check, sparsify
-from robattr_fast.sampling import Sampler, Segment, check_image_ids, check_images, check_target
+from robattr_fast.ops import _check
+from robattr_fast.ops.sparsify import sparsify
+from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
 
 
 class _Mean:
@@ -133,7 +134,9 @@ def smoothgrad(
     sampler.probe()
     sampler.set_batch_size(batch_size, samples)
     accumulator = _accumulator(kind, x, tau, gamma, levels)
-    for batch in sampler.batches([Segment(i, first_sample, samples) for i in range(x.shape[0])]):
-        for scored in batch:
+    done, wanted = [0] * x.shape[0], [samples] * x.shape[0]
+    while segments := next_batch(done, wanted, first_sample, sampler.batch_size):
+        for scored in sampler.run(segments):
             accumulator.add(scored.segment.image, scored.scores)
+            done[scored.segment.image] += scored.segment.count
     return accumulator.result(samples).to(torch.promote_types(x.dtype, torch.float32))

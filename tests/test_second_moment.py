@@ -1,4 +1,4 @@
-"""T7 against known truth: maps that are constant on the cells of a plane, and mixtures of a few patterns, have exact p and Sigma."""
+"""T7 against known truth: maps constant on the cells of a plane, and mixtures of patterns, have exact p and Sigma."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def _one_thread():
 
 @dataclass
 class PlaneMap:
-    """h(z) for z in the plane: ``table[cell]`` on 40 x 40 cells (the outer ones unbounded), k_tau-sparse, values l/L."""
+    """h(z) for z in the plane: ``table[cell]`` on 40 x 40 cells, the outer ones unbounded; k_tau-sparse."""
 
     table: np.ndarray  # uint8 levels [cells, n]
     num_levels: int
@@ -473,9 +473,15 @@ def test_looks_spend_no_more_than_their_share() -> None:
 def test_bad_arguments(match: str, change: dict) -> None:
     rows = torch.eye(5, dtype=torch.int64).repeat(4, 1)
     good = {
-        "counts": torch.full((5, 1), 120, dtype=torch.int32), "samples": 600, "summary": summarize_gram(rows @ rows.T, 1),
-        "planned": 600, "retained": 20, "k_tau": 1, "sigma": 1.0, "alpha": 0.05,
-    }  # fmt: skip
+        "counts": torch.full((5, 1), 120, dtype=torch.int32),
+        "samples": 600,
+        "summary": summarize_gram(rows @ rows.T, 1),
+        "planned": 600,
+        "retained": 20,
+        "k_tau": 1,
+        "sigma": 1.0,
+        "alpha": 0.05,
+    }
     assert second_moments(**good).error > 0
     with pytest.raises(ValueError, match=match):
         second_moments(**(good | change))

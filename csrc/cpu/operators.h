@@ -50,4 +50,13 @@ void noisy_samples(Tensor out, Tensor x, double sigma, int64_t seed, int64_t fir
 // symmetric: other is rows, and half of the products are mirrored.
 void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> mask, int64_t num_levels, bool symmetric);
 
+// out [rows], float or double, contiguous; scores [rows, n] of any strides.
+void topk_threshold(Tensor out, Tensor scores, int64_t k);
+
+// out [rows, n], float or double, contiguous; scores [rows, n] of any strides. levels = 0: not rounded.
+void sparsify(Tensor out, Tensor scores, int64_t k_tau, int64_t k_gamma, int64_t levels);
+
+// counts int32 [B, n, L] and invalid int32 [B] grow; scores [B, q, n] of any strides. True: a count has overflowed.
+bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_tau, int64_t k_gamma);
+
 }  // namespace robattr_fast

@@ -1,13 +1,14 @@
-"""`certify`: the loop that turns noisy samples into integer counts, and the counts into a `Certificate`."""
+"""`certify`: the loop that turns noisy samples into counts, and the counts into a `Certificate`."""
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
@@ -15,22 +16,25 @@ from torch import nn
 
 from robattr_fast import backends
 from robattr_fast import model as _model
+from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.settings import Settings
-from robattr_fast.errors import CertifyInterrupted, NonFiniteError
-from robattr_fast.ops import _check, count_sparsified_, sparsify
+from robattr_fast.certify.interrupt import DeferredInterrupt
+from robattr_fast.certify.settings import NONFINITE, Settings
+from robattr_fast.certify.state import State
+from robattr_fast.errors import CertifyInterrupted
+from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, Scored, Segment, check_image_ids, check_images, check_target
-
-_logger = logging.getLogger("robattr_fast")
+from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
 
 _REPORT_SECONDS = 0.5
-_FIRST_LOOK, _LOOK_GROWTH = 64, 1.1  # looks grow geometrically, so that they cost a fixed small share of the run
+_CHECKPOINT_SECONDS = 60.0
+# Looks for a stop grow geometrically: they cost a fixed small share of the run, and a resumed run looks at the same q.
+_FIRST_LOOK, _LOOK_GROWTH = 64, 1.1
 
 
 @dataclass(frozen=True)
 class StopWhen:
-    """End an image's sampling once ``overlap`` (share of the top-k) is certified at ``radius``."""
+    """End an image's sampling once ``overlap`` (a share of its top-k) is certified at L2 ``radius``."""
 
     k: int
     radius: float
@@ -46,7 +50,7 @@ class StopWhen:
 class Progress:
     """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``.
 
-    ``certificate()`` is the certificate so far; asking for it costs time.
+    ``certificate()`` is that image's certificate so far; asking for it costs time.
     """
 
     image: int
@@ -56,113 +60,224 @@ class Progress:
     certificate: Callable[[], Certificate]
 
 
-class _Counts:
-    """Integer state of the run, one row per image; equal for any order in which the samples come."""
-
-    def __init__(self, settings: Settings, images: int, classes: int, device: torch.device) -> None:
-        self.settings = settings
-        shape = (images, settings.n)
-        self.counts = self.sums = None
-        if settings.levels is None:
-            self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
-        else:
-            self.counts = torch.zeros((*shape, settings.levels), dtype=torch.int32, device=device)
-        self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
-        self.classes = torch.zeros((images, classes), dtype=torch.int32, device=device)
-
-    def add(self, scored: Scored) -> None:
-        """Count the samples of one segment."""
-        tau, gamma = self.settings.tau, self.settings.gamma
-        assert tau is not None
-        image = scored.segment.image
-        scores = scored.scores.abs() if self.settings.explain in _model.EXPLANATIONS else scored.scores
-        if self.settings.channel_sum:
-            scores = scores.sum(dim=1)
-        scores = scores.flatten(1)
-        bad_logits = ~torch.isfinite(scored.logits).all(dim=1)
-        if bool(bad_logits.any()):
-            scores = scores.masked_fill(bad_logits[:, None], torch.nan)
-        if self.counts is not None:
-            invalid = count_sparsified_(self.counts[image : image + 1], scores[None], tau, gamma)
-        else:
-            assert self.sums is not None
-            h = sparsify(scores, tau, gamma, levels=None)
-            invalid = h.isnan().any(dim=1).sum(dtype=torch.int32)[None]
-            self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
-        votes = scored.logits.argmax(dim=1)
-        if int(invalid):
-            valid = torch.isfinite(scores).all(dim=1)
-            if self.settings.on_nonfinite == "raise":
-                sample = scored.segment.first_sample + int((~valid).to(torch.int8).argmax())
-                raise NonFiniteError(
-                    f"model: sample {sample} of image {image} gave NaN or infinite scores "
-                    "(on_nonfinite='zero' or 'abstain' certify such a map, the default 'raise' does not)"
-                )
-            votes = votes[valid]
-            self.invalid[image] += invalid[0]
-        self.classes[image] += torch.bincount(votes, minlength=self.classes.shape[1]).to(torch.int32)
-
-    def certificate(self, settings: Settings) -> Certificate:
-        """Everything counted so far."""
-        assert settings.intervals is not None
-        samples = [sum(end - first for first, end in image) for image in settings.intervals]
-        return Certificate(
-            counts=_copy(self.counts),
-            sums=_copy(self.sums),
-            samples=torch.tensor(samples, dtype=torch.int64),
-            invalid=_copy(self.invalid),
-            class_counts=_copy(self.classes),
-            settings=settings,
-        )
-
-    def restore(self, certificate: Certificate) -> None:
-        """Go on from a checkpoint."""
-        for name, source in (
-            ("counts", certificate.counts),
-            ("sums", certificate.sums),
-            ("invalid", certificate.invalid),
-            ("classes", certificate.class_counts),
-        ):
-            target = getattr(self, name)
-            if target is not None:
-                target.copy_(source)
-
-
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().cpu().clone()
-
-
+@dataclass
 class _Run:
-    """One call of `certify`: which samples are done, when to look, when to save, when to report."""
+    """One call of `certify`: what is sampled next, when to look, when to save, when to report."""
 
-    def __init__(self, sampler: Sampler, counts: _Counts, settings: Settings, first_sample: int, samples: int) -> None:
-        self.sampler, self.counts, self.settings = sampler, counts, settings
-        self.first_sample, self.samples = first_sample, samples
-        images = sampler.x.shape[0]
-        self.done = [0] * images
-        self.stopped = [False] * images
-        self.next_look = [_FIRST_LOOK] * images
+    sampler: Sampler
+    state: State
+    first_sample: int
+    samples: int
+    stop: StopWhen | None
+    checkpoint: Path | None
+    progress: Callable[[Progress], None] | None
 
-    def certificate(self) -> Certificate:
-        intervals = tuple(
-            ((self.first_sample, self.first_sample + done),) if done else () for done in self.done
-        )
-        return self.counts.certificate(self.settings.sampled(intervals, self.sampler.batch_size))
+    def __post_init__(self) -> None:
+        self.wanted = [self.samples] * len(self.state.done)
+        for image, done in enumerate(self.state.done):
+            self._look(image, max(0, done - self.sampler.batch_size))
+        self.last_report = self.last_save = time.monotonic()
 
-    def work(self) -> Iterator[Segment]:
-        """What is left to do, one batch at a time, so that a stop takes effect."""
-        for image, done in enumerate(self.done):
-            for start in range(done, self.samples, self.sampler.batch_size):
-                if self.stopped[image]:
+    def certificate(self, image: int | None = None) -> Certificate:
+        return self.state.certificate(self.first_sample, self.sampler.batch_size, image)
+
+    def finish(self) -> Certificate:
+        """Take all samples that are left."""
+        with DeferredInterrupt() as interrupt:
+            while segments := next_batch(self.state.done, self.wanted, self.first_sample, self.sampler.batch_size):
+                for scored in self.sampler.run(segments):
+                    image = scored.segment.image
+                    before = self.state.done[image]
+                    self.state.add(scored, self.first_sample)
+                    self._look(image, before)
+                self._report(segments[-1].image)
+                self._save()
+                if interrupt.requested:
                     break
-                count = min(self.sampler.batch_size, self.samples - start)
-                yield Segment(image, self.first_sample + start, count)
+        certificate = self.certificate()
+        if self.checkpoint is not None:
+            certificate.save(self.checkpoint)
+        if interrupt.requested:
+            raise CertifyInterrupted(certificate)
+        return certificate
 
-    def look(self, image: int, stop: StopWhen) -> None:
-        """Stop the image if what is wanted is certified; betting bounds hold at any such time."""
-        if self.stopped[image] or self.done[image] < self.next_look[image]:
+    def _look(self, image: int, before: int) -> None:
+        """Stop the image if what is wanted is certified: betting bounds hold at any such time.
+
+        ``before``: samples that it had one batch ago. A look is due where the schedule has one in between.
+        """
+        done = self.state.done[image]
+        if self.stop is None or done < _next_look(before):
             return
-        while self.next_look[image] <= self.done[image]:
-            self.next_look[image] = int(self.next_look[image] * _LOOK_GROWTH) + 1
-        share = self.certificate()[image].overlap(stop.k, stop.radius).share
-        self.stopped[image] = float(share) >= stop.overlap
+        share = self.certificate(image).overlap(self.stop.k, self.stop.radius).share
+        if float(share) >= self.stop.overlap:
+            self.wanted[image] = done
+
+    def _report(self, image: int) -> None:
+        done = self.state.done[image]
+        now = time.monotonic()
+        over = done == self.wanted[image]
+        if self.progress is not None and (over or now - self.last_report >= _REPORT_SECONDS):
+            self.last_report = now
+            self.progress(Progress(image, len(self.state.done), done, self.samples, lambda: self.certificate(image)))
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS:
+            self.certificate().save(self.checkpoint)
+            self.last_save = time.monotonic()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _next_look(samples: int) -> int:
+    """The first scheduled look after ``samples`` samples."""
+    look = _FIRST_LOOK
+    while look <= samples:
+        look = int(look * _LOOK_GROWTH) + 1
+    return look
+
+
+def _print_progress(event: Progress) -> None:
+    line = f"image {event.image + 1}/{event.images}: {event.samples}/{event.total} samples"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _resumable(path: Path, wanted: Settings) -> Certificate | None:
+    """The checkpoint at ``path``, if there is one; ValueError if it belongs to another run."""
+    if not path.exists():
+        return None
+    found = Certificate.load(path)
+    moving = ("intervals", "batch_size", "versions", "backends")
+    theirs, ours = found.settings.to_json(), wanted.to_json()
+    differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
+    if differ:
+        raise ValueError(
+            f"checkpoint: {path} holds another run (differs in {', '.join(differ)}); "
+            "takes a new path, or the arguments of that run"
+        )
+    return found
+
+
+def certify(
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    sigma: float,
+    tau: float = 0.1,
+    gamma: float | None = None,
+    levels: int | None = 1,
+    samples: int = 8192,
+    first_sample: int = 0,
+    image_ids: torch.Tensor | Sequence[int] | None = None,
+    target: int | Sequence[int] | torch.Tensor | None = None,
+    explain: str | _model.Explanation = "gradient",
+    channel_sum: bool = False,
+    seed: int = 0,
+    alpha: float = 0.05,
+    bound: str | None = None,
+    slack: int | None = None,
+    stop: StopWhen | None = None,
+    batch_size: int | str = "auto",
+    on_nonfinite: str = "raise",
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool | Callable[[Progress], None] = False,
+) -> Certificate:
+    """Sample the sparsified SmoothGrad map of each image and certify it.
+
+    Args:
+        model: eval-mode module that returns logits [N, classes]; it is explained on a private copy.
+        x: [B, *S] finite float images; sigma and radii are in its units.
+        sigma: standard deviation of the noise.
+        tau, gamma, levels: the map of one sample, see `sparsify`.
+        samples: samples per image, at most 2^31 - 1.
+        first_sample, image_ids, seed: which part of the noise stream, see `noisy_samples`.
+        target: class or classes [B] to explain; None: the largest logit of each noisy sample. A class chosen by looking
+            at x is part of the map: it stays frozen as x moves.
+        explain: "gradient" (|d f_c / d z|), "input_x_gradient" (|z * d f_c / d z|), or a callable
+            (model, batch [N, *S], target [N]) -> scores [N, *S]. It must be a fixed function of the noisy batch: the
+            certificate is void for one that also looks at x.
+        channel_sum: sum the scores over dimension 1 of x before selection; the map then has shape S[1:].
+        alpha: probability that any statement of the certificate is wrong.
+        bound: "betting", "kl", "clopper-pearson" (levels=1) or "hoeffding"; default betting, or kl for levels=None.
+        slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
+        stop: end an image's sampling early, once this is certified; takes bound="betting".
+        batch_size: rows per forward pass, or "auto" for a short measured trial.
+        on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
+            that also counts as 1 in every upper bound ("abstain").
+        checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
+        progress: True prints lines to stderr, a callable is told (`Progress`), about twice a second.
+
+    Returns:
+        The certificate, on the CPU.
+
+    Raises:
+        TypeError, ValueError: a bad argument. ModelError: a model that cannot be explained. NonFiniteError: see
+        on_nonfinite. CertifyInterrupted (a KeyboardInterrupt): Ctrl-C; holds the certificate so far.
+
+    Source: Levine, Singla, Feizi 2019 (arXiv 1905.12105); statements and proofs in docs/certificates.md.
+    """
+    check_images(x)
+    sigma = _check.positive("sigma", sigma)
+    tau, gamma = _check.fractions(tau, gamma)
+    if levels is not None:
+        _check.integer("levels", levels, 1, 15)
+    _check.integer("samples", samples, 1, 2**31 - 1)
+    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    if not (callable(explain) or explain in _model.EXPLANATIONS):
+        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
+    if on_nonfinite not in NONFINITE:
+        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
+    if channel_sum and x.dim() < 3:
+        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
+    bound = bound or ("betting" if levels is not None else "kl")
+    check_bound(bound, levels)
+    if stop is not None and bound != "betting":
+        raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
+    classes_wanted = check_target(target, x)
+    ids = check_image_ids(image_ids, x)
+    private = _model.private_copy(model)
+    sampler = Sampler(private, x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids)
+    settings = Settings(
+        sigma=sigma,
+        shape=tuple(x.shape[2:] if channel_sum else x.shape[1:]),
+        levels=levels,
+        tau=tau,
+        gamma=gamma,
+        channel_sum=channel_sum,
+        explain=explain if isinstance(explain, str) else getattr(explain, "__qualname__", type(explain).__name__),
+        target=None if classes_wanted is None else tuple(classes_wanted.tolist()),
+        seed=seed,
+        stream_version=STREAM_VERSION,
+        image_ids=tuple(ids.tolist()),
+        planned_samples=(samples,) * x.shape[0],
+        alpha=alpha,
+        bound=bound,
+        slack=slack,
+        on_nonfinite=on_nonfinite,
+        model_fingerprint=_model.fingerprint(model),
+        input_hashes=tuple(_model.input_hash(image) for image in x),
+        device=str(x.device),
+        versions=_versions(),
+        backends={
+            name: backends.choose(name, x.device, torch.float32)[0] for name in ("noisy_samples", "count_sparsified_")
+        },
+    )
+    if stop is not None and not 1 <= stop.k <= settings.n // 2:
+        raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = None if path is None else _resumable(path, settings)
+    state = State(settings, x.shape[0], sampler.probe(), x.device)
+    if resumed is None:
+        sampler.set_batch_size(batch_size, samples * x.shape[0])
+    else:
+        state.restore(resumed)
+        sampler.set_batch_size(resumed.settings.batch_size or batch_size, samples)
+    report = _print_progress if progress is True else progress or None
+    return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

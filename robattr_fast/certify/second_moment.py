@@ -1,8 +1,8 @@
 """The second-moment certificate (theorem T7): how far the elements of a map can move *together*.
 
 p^ is the displayed map, the mean of q samples h_t = h(x + e_t), e_t ~ N(0, sigma^2 I); p its expectation, p~ the
-expectation at a perturbed x~ with ||x~ - x|| <= radius, Sigma the covariance of h. All statements below hold for every k and radius at
-once, on one event of probability at least 1 - alpha. Proofs: docs/certificates-t7.md.
+expectation at a perturbed x~ with ||x~ - x|| <= radius, Sigma the covariance of h. All statements below hold for every
+k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/certificates-t7.md.
 """
 
 import heapq
@@ -171,7 +171,7 @@ class TopKCost:
 
 
 def _least_costs(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Lower bounds on min over t of sum_{i<s} (above_i - t)_+^2 + (t + below_i)_+^2, s = 1..len; both ascend from >= 0."""
+    """Lower bounds on min over t of sum_{i<s} (above_i - t)_+^2 + (t + below_i)_+^2, s = 1..len, both rising from 0."""
     if len(above) == 0:
         return np.empty(0)
     from_above = np.cumsum(above) > np.cumsum(below)
