@@ -35,7 +35,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Preferred backend for all operators (``default``) or for one (``operators``); ``strict`` forbids the next best."""
+    """Preferred backend for all operators (``default``) or one (``operators``); ``strict`` forbids the next best."""
 
     default: str | None = None
     operators: dict[str, str] = field(default_factory=dict)
