@@ -59,10 +59,13 @@ def overlap_curves(cert: Certificate, k: int, radii: Sequence[float]) -> dict[st
 
 
 def radius_grid(cert: Certificate, k: int, radii: Sequence[float]) -> np.ndarray:
-    """Radii from 0 to where the certificate fades (2 % are left), and at least to the largest of ``radii``."""
+    """Radii from 0 to where the certificate fades (2 % are left), and at least to the largest of ``radii``.
+
+    To sigma if all that is 0.
+    """
     fade = float(cert.radius(k, 0.02)[0])
     end = max(fade if np.isfinite(fade) else 0.0, *radii)
-    return np.linspace(0.0, 1.05 * end, _GRID)
+    return np.linspace(0.0, 1.05 * (end or cert.settings.sigma), _GRID)
 
 
 def certificate_figure(

@@ -90,6 +90,7 @@ def certify(
         interrupted = _run(sources, chosen, settings, results)
     if results.rows:
         console.print(results.table())
+        console.print(results.footnote(), highlight=False)
         console.print(f"Written to {out}/", highlight=False)
     if interrupted:
         report("interrupted: what was sampled until then is certified and written")

@@ -144,9 +144,8 @@ class Results:
 
     def table(self) -> Table:
         """One row per image."""
-        first = self.rows[0]
         table = Table(
-            title=f"Certified overlap of the top {100 * self.settings['k']:.3g} % at an L2 radius of ...",
+            title=f"Share of the top {100 * self.settings['k']:.3g} % of the map that provably stays, by L2 radius",
             title_justify="left",
             title_style="bold",
             box=None,
@@ -154,11 +153,11 @@ class Results:
         )
         table.add_column("image", overflow="fold")
         for at in self.radii:
-            table.add_column(f"{at:g}", justify="right", style="bold cyan")
+            table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
         table.add_column("class", overflow="fold")
-        table.add_column("certified to", justify="right")
+        table.add_column("class certified to", justify="right")
         table.add_column("samples", justify="right")
-        table.add_column("time", justify="right")
+        table.add_column("time", justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -168,12 +167,15 @@ class Results:
                 str(int(row.cert.samples[0])),
                 f"{row.seconds:.0f} s",
             )
-        table.caption = (
-            f"Confidence {100 * (1 - first.cert.settings.alpha):g} %. Radii in pixel units (pixels in [0, 1]); "
-            f"sigma {first.cert.settings.sigma:g}, bound {first.cert.evaluated_bound}."
-        )
-        table.caption_justify = "left"
         return table
+
+    def footnote(self) -> str:
+        """What the table's numbers mean."""
+        cert = self.rows[0].cert
+        return (
+            f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm (pixels in "
+            f"[0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
+        )
 
 
 def device_model(device: torch.device) -> str:
