@@ -18,9 +18,9 @@ def restore_links() -> None:
     """Archives and copies can lose the committed links: kernels/ and csrc/ would be missing from the package."""
     for link, target in LINKS.items():
         path = ROOT / link
-        if path.is_dir():
+        if path.is_symlink() or path.is_dir():
             continue
-        if path.is_file() and not path.is_symlink():
+        if path.is_file():
             path.unlink()  # a checkout without symlink support leaves a text file
         path.symlink_to(target, target_is_directory=True)
 

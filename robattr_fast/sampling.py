@@ -15,7 +15,7 @@ from torch import nn
 
 from robattr_fast import model as _model
 from robattr_fast.ops import _check
-from robattr_fast.ops import noisy_samples as _noise
+from robattr_fast.ops.noisy_samples import fill
 
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
@@ -132,7 +132,7 @@ class Sampler:
         images = []
         for segment in padded:
             i = segment.image
-            _noise.fill(
+            fill(
                 self._buffer[row : row + segment.count].unsqueeze(0),
                 self.x[i : i + 1],
                 self.sigma,

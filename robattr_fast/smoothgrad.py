@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.ops import _check, sparsify
+from robattr_fast.ops import _check
+from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
 
 

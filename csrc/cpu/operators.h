@@ -45,4 +45,13 @@ void dispatch_float(ScalarType type, const F& f) {
 // out [B, q, *S] (contiguous, or channels-last per sample) = x [B, *S] (contiguous) + noise; image_ids int64 [B].
 void noisy_samples(Tensor out, Tensor x, double sigma, int64_t seed, int64_t first_sample, Tensor image_ids);
 
+// out [rows], float or double, contiguous; scores [rows, n] of any strides.
+void topk_threshold(Tensor out, Tensor scores, int64_t k);
+
+// out [rows, n], float or double, contiguous; scores [rows, n] of any strides. levels = 0: not rounded.
+void sparsify(Tensor out, Tensor scores, int64_t k_tau, int64_t k_gamma, int64_t levels);
+
+// counts int32 [B, n, L] and invalid int32 [B] grow; scores [B, q, n] of any strides. True: a count has overflowed.
+bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_tau, int64_t k_gamma);
+
 }  // namespace robattr_fast

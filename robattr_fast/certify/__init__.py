@@ -2,6 +2,7 @@
 
 from robattr_fast.certify.certificate import Certificate, Overlap
 from robattr_fast.certify.engine import Progress, StopWhen, certify
+from robattr_fast.certify.overlap import overlap
 from robattr_fast.certify.settings import Settings
 
-__all__ = ["Certificate", "Overlap", "Progress", "Settings", "StopWhen", "certify"]
+__all__ = ["Certificate", "Overlap", "Progress", "Settings", "StopWhen", "certify", "overlap"]

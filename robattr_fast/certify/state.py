@@ -10,7 +10,8 @@ from robattr_fast import model as _model
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
-from robattr_fast.ops import count_sparsified_, sparsify
+from robattr_fast.ops.count_sparsified import count_sparsified_
+from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.sampling import Scored
 
 

@@ -1,5 +1,8 @@
 """The operators: checks, public functions, fake kernels, autograd and the choice of backend, one file each."""
 
+from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.noisy_samples import noisy_samples
+from robattr_fast.ops.sparsify import sparsify
+from robattr_fast.ops.topk_threshold import topk_threshold
 
-__all__ = ["noisy_samples"]
+__all__ = ["count_sparsified_", "noisy_samples", "sparsify", "topk_threshold"]

@@ -7,6 +7,7 @@ import math
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_LEVELS = 15  # with level 0 sixteen values: a nibble
 
 
 def float_tensor(name: str, value: object, *, min_dim: int = 1) -> torch.Tensor:
@@ -20,6 +21,11 @@ def float_tensor(name: str, value: object, *, min_dim: int = 1) -> torch.Tensor:
     if value.numel() == 0:
         raise ValueError(f"{name}: got the empty shape {tuple(value.shape)}, takes at least one element")
     return value
+
+
+def comparable_dtype(scores: torch.Tensor) -> torch.dtype:
+    """The dtype of everything computed from scores: float32, or float64 for float64."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
 def positive(name: str, value: float) -> float:

@@ -12,9 +12,17 @@ from torch.library import Library
 _PUBLIC = (
     "noisy_samples(Tensor x, float sigma, SymInt num_samples, int seed, SymInt first_sample, Tensor? image_ids, "
     "Tensor? sample_offset, ScalarType? dtype, bool channels_last) -> Tensor",
+    "topk_threshold(Tensor scores, SymInt k) -> Tensor",
+    "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",
+    "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma) -> Tensor",
 )
 
-_KERNELS = ("noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",)
+_KERNELS = (
+    "noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",
+    "topk_threshold(Tensor(a!) out, Tensor scores, int k) -> ()",
+    "sparsify(Tensor(a!) out, Tensor scores, int k_tau, int k_gamma, int levels) -> ()",
+    "count_sparsified_(Tensor(a!) counts, Tensor(b!) invalid, Tensor scores, int k_tau, int k_gamma) -> bool",
+)
 
 PUBLIC = Library("robattr_fast", "DEF")
 KERNELS = Library("robattr_fast_C", "DEF")

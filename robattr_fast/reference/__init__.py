@@ -1,5 +1,8 @@
 """Every operator in plain PyTorch: the definition that all backends are tested against."""
 
+from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.noisy_samples import noisy_samples
+from robattr_fast.reference.sparsify import sparsify
+from robattr_fast.reference.topk_threshold import topk_threshold
 
-__all__ = ["noisy_samples"]
+__all__ = ["count_sparsified_", "noisy_samples", "sparsify", "topk_threshold"]
