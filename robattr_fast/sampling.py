@@ -85,10 +85,11 @@ class Sampler:
 
     def probe(self) -> int:
         """Run one sample, so that a model that cannot be explained fails before any work; the number of classes."""
-        (scored,) = self._run([Segment(0, 0, 1)], 1)
-        classes = scored.logits.shape[1]
+        with torch.no_grad():
+            classes = _model.forward(self.model, self.x[:1]).shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
+        self._run([Segment(0, 0, 1)], 1)
         return classes
 
     def set_batch_size(self, batch_size: int | str, samples: int) -> None:
