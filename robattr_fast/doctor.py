@@ -109,7 +109,9 @@ def _difference(what: str, got: torch.Tensor, expected: torch.Tensor) -> str:
         return ""
     first = int(wrong[0])
     values = got.flatten()[first].item(), expected.flatten()[first].item()
-    return f"{what}: {len(wrong)} of {got.numel()} elements differ, the first at {first}: {values[0]!r}, not {values[1]!r}"
+    return (
+        f"{what}: {len(wrong)} of {got.numel()} elements differ, the first at {first}: {values[0]!r}, not {values[1]!r}"
+    )
 
 
 def _sha256(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,11 +123,12 @@ def _sha256(tensor: torch.Tensor) -> torch.Tensor:
 def _check_noisy_samples(device: torch.device) -> list[Case]:
     # Powers of two apart from 0: adding them to the noise rounds in every position.
     x = torch.tensor([0.0, 1.0, -64.0, 2.0**-20], device=device).repeat(2, 250)[:, :999]
-    options = {"seed": 2**64 - 3, "first_sample": 2**32 - 9, "image_ids": torch.tensor([0, 2**32 - 1], device=device)}
-    got = ops.noisy_samples(x, 0.25, 5, **options)
+    ids = torch.tensor([0, 2**32 - 1], device=device)
+    got = ops.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
+    expected = reference.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
     return [
         ("pinned noise", _sha256(got), torch.tensor([_PINNED_NOISE])),
-        ("noise", got, reference.noisy_samples(x, 0.25, 5, **options)),
+        ("noise", got, expected),
     ]
 
 
@@ -193,7 +196,9 @@ def _facts() -> Iterator[Fact]:
     yield Fact("python", platform.python_version())
     yield Fact("torch", torch.__version__)
     yield Fact("robattr-fast", _version("robattr-fast") or "not installed, run from a checkout")
-    yield Fact("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    yield Fact(
+        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield Fact(f"cuda:{index}", torch.cuda.get_device_name(index))

@@ -224,5 +224,7 @@ def _checked(tensor: object, what: str) -> torch.Tensor:
         raise ImageError(f"{what}: got the empty shape {tuple(tensor.shape)}")
     low, high = (float(end) for end in tensor.aminmax())
     if not (low >= 0 and high <= 1):  # written so that NaN fails
-        raise ImageError(f"{what}: got values in [{low:g}, {high:g}], takes [0, 1]: mean and std belong inside the model")
+        raise ImageError(
+            f"{what}: got values in [{low:g}, {high:g}], takes [0, 1]: mean and std belong inside the model"
+        )
     return tensor

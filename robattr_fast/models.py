@@ -20,7 +20,7 @@ class Model(NamedTuple):
 
     module: nn.Module
     """[B, C, H, W] in [0, 1] to logits [B, classes]: mean and std belong inside, so that radii are in pixel units."""
-    preprocess: Preprocess | None = None
+    preprocess: Preprocess = to_tensor
     class_names: Sequence[str] | None = None
 
 
@@ -38,8 +38,8 @@ class Normalised(nn.Module):
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.network((x - self.mean) / self.std)
@@ -62,9 +62,7 @@ def load(spec: str, *, size: int | None = None) -> Model:
     for resolver in RESOLVERS:
         if resolver.matches(spec):
             model = resolver.load(spec)
-            if size is not None:
-                return model._replace(preprocess=centre_crop(size))
-            return model._replace(preprocess=model.preprocess or to_tensor)
+            return model if size is None else model._replace(preprocess=centre_crop(size))
     raise ValueError(f"model: got {spec!r}, takes {' or '.join(resolver.form for resolver in RESOLVERS)}")
 
 

@@ -5,9 +5,10 @@ Needs matplotlib, which is imported on use. Nothing here touches pyplot, hence n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ PUBLISHED = "published procedure, same samples"
 """Levine, Singla and Feizi 2019: Hoeffding's bound and a union over all elements."""
 
 # Okabe and Ito's palette, safe for colour-blind readers. One style per method, in the order of the curves.
-_STYLES = (
+_STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-", "linewidth": 2.4},
     {"color": "#D55E00", "linestyle": (0, (5, 2)), "linewidth": 2.0},
     {"color": "#009E73", "linestyle": "-.", "linewidth": 2.0},
     {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "linewidth": 2.0},
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "axes.titlesize": 12,
@@ -58,14 +59,14 @@ def overlap_curves(cert: Certificate, k: int, radii: Sequence[float]) -> dict[st
     return {label: method.overlap(k, radii).share[:, 0].numpy() for label, method in methods.items()}
 
 
-def radius_grid(cert: Certificate, k: int, radii: Sequence[float]) -> np.ndarray:
+def radius_grid(cert: Certificate, k: int, radii: Sequence[float]) -> list[float]:
     """Radii from 0 to where the certificate fades (2 % are left), and at least to the largest of ``radii``.
 
     To sigma if all that is 0.
     """
     fade = float(cert.radius(k, 0.02)[0])
     end = max(fade if np.isfinite(fade) else 0.0, *radii)
-    return np.linspace(0.0, 1.05 * (end or cert.settings.sigma), _GRID)
+    return np.linspace(0.0, 1.05 * (end or cert.settings.sigma), _GRID).tolist()
 
 
 def certificate_figure(
@@ -85,7 +86,9 @@ def certificate_figure(
     """
     shape = tuple(cert.map.shape[1:])
     if len(cert.map) != 1 or image.dim() != 3 or shape not in (tuple(image.shape), tuple(image.shape[1:])):
-        raise ValueError(f"image: got {tuple(image.shape)} for maps {tuple(cert.map.shape)}, takes [C, H, W] for one map")
+        raise ValueError(
+            f"image: got {tuple(image.shape)} for maps {tuple(cert.map.shape)}, takes [C, H, W] for one map"
+        )
     if not radii:
         raise ValueError("radii: got none, takes at least one")
     import matplotlib
@@ -100,7 +103,7 @@ def certificate_figure(
         _show_photograph(photograph, image)
         _show_map(saliency, cert.map[0])
         _show_membership(pixels, image, cert, k)
-        _show_curves(curve, overlap_curves(cert, k, grid_radii := radius_grid(cert, k, radii)), grid_radii, radii, k, cert)
+        _show_curves(curve, cert, k, radii)
         figure.suptitle(title, x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111")
         figure.text(0.012, 0.888, _caption(cert), ha="left", fontsize=10.5, color="#444444")
     return figure
@@ -164,22 +167,22 @@ def _show_membership(axes: Axes, image: torch.Tensor, cert: Certificate, k: int)
     bar.ax.set_xticklabels([f"out, {limit:.2g}", "certified L2 radius", f"in, {limit:.2g}"])
 
 
-def _show_curves(
-    axes: Axes,
-    curves: Mapping[str, np.ndarray],
-    grid: np.ndarray,
-    marked: Sequence[float],
-    k: int,
-    cert: Certificate,
-) -> None:
+def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float]) -> None:
+    grid = radius_grid(cert, k, marked)
+    curves = overlap_curves(cert, k, grid)
     share = k / cert.settings.n
-    for (label, values), style in zip(curves.items(), _STYLES, strict=False):
+    for (label, values), style in zip(curves.items(), itertools.cycle(_STYLES), strict=False):
         axes.plot(grid, 100 * values, label=label, **style)
     first = next(iter(curves.values()))
     axes.fill_between(grid, 0, 100 * first, color=_STYLES[0]["color"], alpha=0.08, linewidth=0)
     axes.axhline(100 * share, color="#888888", linewidth=1, linestyle=":")
     axes.annotate(
-        "overlap of random sets", (grid[-1], 100 * share), (0, 3), textcoords="offset points", ha="right", fontsize=9,
+        "overlap of random sets",
+        (grid[-1], 100 * share),
+        (0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
         color="#666666",
     )
     at = np.asarray(sorted(set(marked)))
@@ -187,8 +190,13 @@ def _show_curves(
     axes.plot(at, heights, "o", color=_STYLES[0]["color"], markersize=6, markeredgecolor="white", zorder=5)
     for radius, height in zip(at, heights, strict=True):
         axes.annotate(
-            f"{np.floor(height):.0f} %", (radius, height), (6, 5), textcoords="offset points", fontsize=10,
-            color=_STYLES[0]["color"], fontweight="bold",
+            f"{np.floor(height):.0f} %",
+            (radius, height),
+            (6, 5),
+            textcoords="offset points",
+            fontsize=10,
+            color=_STYLES[0]["color"],
+            fontweight="bold",
         )
     axes.set(xlim=(0, grid[-1]), ylim=(0, 100))
     axes.set_xlabel("L2 radius of the perturbation (pixels in [0, 1])")
@@ -213,6 +221,8 @@ def _colour_bar(axes: Axes, shown, ticks: Sequence[float]):
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=9)
     labels = bar.ax.get_xticklabels()
-    for label, side in zip(labels, ("left", *["center"] * (len(labels) - 2), "right"), strict=True):
-        label.set_horizontalalignment(side)
+    for label in labels:
+        label.set_horizontalalignment("center")
+    labels[0].set_horizontalalignment("left")
+    labels[-1].set_horizontalalignment("right")
     return bar

@@ -6,10 +6,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from robattr_fast import images
-
-Image = pytest.importorskip("PIL.Image", reason="images are read by Pillow, which is optional")
 
 
 @pytest.fixture

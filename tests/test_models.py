@@ -5,11 +5,10 @@ import textwrap
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from robattr_fast import ModelError, images, models
-
-pytest.importorskip("PIL", reason="preprocessing is done by Pillow, which is optional")
 
 
 @pytest.fixture
@@ -63,8 +62,6 @@ def test_callable(name):
 
 @pytest.mark.usefixtures("zoo")
 def test_callable_with_preprocess():
-    from PIL import Image
-
     picture = Image.new("RGB", (9, 6))
     assert models.load("some_zoo:with_preprocess").preprocess(picture).shape == (1, 2, 2)
     assert models.load("some_zoo:plain").preprocess(picture).shape == (3, 6, 9)

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from robattr_fast import plots
 from robattr_fast.certify import Certificate
-
-pytest.importorskip("matplotlib", reason="figures are drawn by matplotlib, which is optional")
 
 K = 20
 
@@ -29,8 +28,6 @@ def test_figure_is_a_png_of_paper_width(tmp_path, shape):
     image = torch.rand(3 if shape[0] == 8 else shape[0], 8, 9)
     figure = plots.certificate_figure(image, certificate(shape), k=K, radii=[0.01, 0.1], title="a title")
     plots.save(figure, tmp_path / "a.png")
-    from PIL import Image
-
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.size == (1600, 510)
         assert np.asarray(drawn.convert("L")).std() > 20

@@ -60,12 +60,18 @@ def certify(
     target: Annotated[
         int | None, typer.Option(help="Class to explain; default: of each noisy sample its own.", show_default=False)
     ] = None,
-    channel_sum: Annotated[bool, typer.Option("--channel-sum", help="Sum scores over channels: one per pixel.")] = False,
+    channel_sum: Annotated[
+        bool, typer.Option("--channel-sum", help="Sum scores over channels: one per pixel.")
+    ] = False,
     size: Annotated[
         int | None, typer.Option(help="Crop and resize to a square; default: as the model does.", show_default=False)
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows per forward pass, or auto: the fastest by a short trial.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Rows per forward pass, or auto: the fastest by a short trial.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.", show_default=False)] = None,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
@@ -99,9 +105,7 @@ def certify(
         raise typer.Exit(1)
 
 
-def _run(
-    sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results
-) -> bool:
+def _run(sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results) -> bool:
     """All images, one after the other; whether Ctrl-C ended it."""
     module = model.module.to(results.device)
     batch_sizes: dict[torch.Size, int | str] = {}
@@ -171,7 +175,7 @@ def _write(
         seconds=seconds,
     )
     cert.save(results.folder / f"{source.name}.safetensors")
-    title = f"{source.name}: {row.label.name if class_names else f'class {row.label.index}'}"
+    title = f"{source.name}: {row.label.name if class_names else f'class {row.label.number}'}"
     figure = plots.certificate_figure(x, cert, k=k, radii=results.radii, title=title)
     plots.save(figure, results.folder / f"{source.name}.png")
     return row

@@ -57,15 +57,14 @@ class SampleProgress:
 
         def progress(event: Event) -> None:
             nonlocal next_look
-            certified = {}
             start = time.monotonic()
             if start >= next_look:
                 so_far = event.certificate()
                 k = max(1, int(k_share * so_far.settings.n))
                 share = float(so_far.overlap(k, radius).share.squeeze())
-                certified = {"certified": f"{percent(share)} at {radius:g}"}
+                self._bar.update(task, certified=f"{percent(share)} at {radius:g}")
                 now = time.monotonic()
                 next_look = now + _LOOK_SHARE * (now - start)
-            self._bar.update(task, completed=event.samples, **certified)
+            self._bar.update(task, completed=event.samples)
 
         return progress

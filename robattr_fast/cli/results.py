@@ -37,7 +37,7 @@ def radius(value: float) -> str:
 class Label(NamedTuple):
     """The class that most noisy samples vote for, and the radius within which it is certified (0: abstains)."""
 
-    index: int
+    number: int
     name: str
     radius: float
 
@@ -71,7 +71,7 @@ class Row:
             "name": self.name,
             "source": self.source,
             "image_id": self.image_id,
-            "class": self.label.index,
+            "class": self.label.number,
             "class_name": self.label.name,
             "label_radius": self.label.radius,
             "samples": int(self.cert.samples[0]),
@@ -125,7 +125,11 @@ class Results:
             "settings": self.settings,
             "model_fingerprint": used and used.model_fingerprint,
             "versions": versions(),
-            "device": {"name": str(self.device), "model": device_model(self.device), "threads": torch.get_num_threads()},
+            "device": {
+                "name": str(self.device),
+                "model": device_model(self.device),
+                "threads": torch.get_num_threads(),
+            },
             "backends": {row.operator: row.backend for row in backends.explain() if row.device == self.device.type},
             "images": [
                 {
