@@ -111,8 +111,8 @@ def _packaged(name: str) -> Path | None:
 def read(path: Path, preprocess: Preprocess) -> torch.Tensor:
     """The model's input: float32 [C, H, W] in [0, 1].
 
-    Photographs (image files, and uint8 [H, W] or [H, W, C] arrays) go through ``preprocess``. A float array [C, H, W] in
-    [0, 1] is taken as it is. Of an ``.npz`` file, which must hold one array, that array.
+    Photographs (image files, and uint8 [H, W] or [H, W, C] arrays) go through ``preprocess``. A float array [C, H, W]
+    in [0, 1] is taken as it is. Of an ``.npz`` file, which must hold one array, that array.
 
     Raises:
         ImageError: unreadable, damaged or gigantic file; wrong shape, values outside [0, 1], NaN.

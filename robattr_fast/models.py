@@ -50,8 +50,8 @@ def load(spec: str, *, size: int | None = None) -> Model:
 
     Args:
         spec: ``demo`` (EfficientNet-lite0, trained on ImageNet), or ``package.module:callable``. The latter imports and
-            *runs code*, with the working directory on the path; the callable takes no arguments and returns a module, or
-            a module and its preprocess (an RGB PIL image to a float tensor [C, H, W] in [0, 1]).
+            *runs code*, with the working directory on the path; the callable takes no arguments and returns a module,
+            or a module and its preprocess (an RGB PIL image to a float tensor [C, H, W] in [0, 1]).
         size: side of the square that images are cropped and resized to. None: as the model's own preprocess does it; a
             model that brings none gets images as they are.
 

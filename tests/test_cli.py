@@ -251,6 +251,12 @@ def test_output_folder_that_cannot_be_made(out, monkeypatch):
     refused(run("photo.png", "--out", out), f"out: cannot write to {out}")
 
 
+def test_inputs_are_never_overwritten(folder):
+    before = (folder / "photo.png").read_bytes()
+    refused(run("photo.png", "--out", "."), "would be overwritten")
+    assert (folder / "photo.png").read_bytes() == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder; /proc stands for it above")
 def test_read_only_output_folder(folder, monkeypatch):
     monkeypatch.setattr(cli_certify.models, "load", no_work)

@@ -32,8 +32,8 @@ def certify(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Image files, folders of them, .npy or .npz arrays (float [C, H, W] in [0, 1], or uint8 [H, W, C]), or "
-            "photographs of scikit-image (skimage:chelsea, or chelsea where no such file exists).",
+            help="Image files, folders of them, .npy or .npz arrays (float [C, H, W] in [0, 1], or uint8 [H, W, C]), "
+            "or photographs of scikit-image (skimage:chelsea, or chelsea where no such file exists).",
             show_default=False,
         ),
     ],
@@ -77,7 +77,7 @@ def certify(
 ) -> None:
     """Certify the saliency maps of images.
 
-    Writes per image NAME.safetensors (the certificate) and NAME.png, and for the run certificates.tsv and manifest.json.
+    Writes per image NAME.safetensors (the certificate) and NAME.png, per run certificates.tsv and manifest.json.
     Exit status: 0; 1 if an image failed (the others are finished); 2 if the command cannot be carried out.
     """
     settings = {name: value for name, value in locals().items() if name not in ("paths", "out", "traceback")}
@@ -91,6 +91,7 @@ def certify(
         place = _checked_device(device)
         sources = images.find(paths)
         _make_writable(out)
+        _spare_inputs(sources, out)
         chosen = models.load(model, size=size)
         results = Results(out, settings, radii, place)
         interrupted = _run(sources, chosen, settings, results)
@@ -114,7 +115,7 @@ def _run(sources: list[images.Source], model: models.Model, settings: dict[str, 
             try:
                 x = images.read(source.path, model.preprocess)
                 show = progress.image(
-                    index, source.name, settings["samples"], k_share=settings["k"], radius=results.radii[-1]
+                    index, source.name, settings["samples"], k_share=settings["k"], radius=results.radii[0]
                 )
                 wanted = batch_sizes.get(x.shape, settings["batch_size"])
                 start = time.perf_counter()
@@ -230,6 +231,15 @@ def _checked_device(device: str | None) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no CUDA device (robattr-fast doctor says more)")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _spare_inputs(sources: list[images.Source], folder: Path) -> None:
+    """ValueError if a picture would replace an image that is to be read."""
+    inputs = {source.path.resolve() for source in sources}
+    for source in sources:
+        picture = (folder / f"{source.name}.png").resolve()
+        if picture in inputs:
+            raise ValueError(f"out: {picture} is an image to certify and would be overwritten; takes another folder")
 
 
 def _make_writable(folder: Path) -> None:

@@ -177,8 +177,8 @@ class Results:
         """What the table's numbers mean."""
         cert = self.rows[0].cert
         return (
-            f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm (pixels in "
-            f"[0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
+            f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
+            f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
         )
 
 
