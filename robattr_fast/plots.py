@@ -162,7 +162,7 @@ def _show_membership(axes: Axes, image: torch.Tensor, cert: Certificate, k: int)
     pale = np.repeat(0.55 + 0.45 * image.mean(0).numpy()[:, :, None], 3, axis=2)
     opacity = np.sqrt(np.clip(np.abs(radius) / limit, 0, 1))[:, :, None]
     axes.imshow(pale * (1 - opacity) + colours(norm(radius))[:, :, :3] * opacity)
-    _bare(axes, f"Provably inside the top {100 * k / cert.settings.n:.3g} %")
+    _bare(axes, f"Provably in or out of the top {100 * k / cert.settings.n:.3g} %")
     bar = _colour_bar(axes, ScalarMappable(norm, colours), [-limit, 0, limit])
     bar.ax.set_xticklabels([f"out, {limit:.2g}", "certified L2 radius", f"in, {limit:.2g}"])
 

@@ -355,7 +355,8 @@ def test_demo(folder):
         assert picture.size[0] == 1600
 
 
-def test_progress_on_a_terminal():
+def test_progress_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("robattr_fast.cli.progress._FIRST_LOOK", 0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     cert = Certificate.from_counts(
         torch.full((1, 10, 1), 500, dtype=torch.int32) * (torch.arange(10) < 3)[:, None], 500, sigma=1

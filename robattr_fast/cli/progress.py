@@ -12,8 +12,8 @@ from rich.text import Text
 from robattr_fast.certify import Progress as Event
 from robattr_fast.cli.results import percent
 
-# A look at the certificate may take at most one part in so many of the run.
-_LOOK_SHARE = 50
+# A look at the certificate may take at most one part in so many of the run; the first is due after so many seconds.
+_LOOK_SHARE, _FIRST_LOOK = 40, 2.0
 
 
 class _Rate(ProgressColumn):
@@ -53,7 +53,7 @@ class SampleProgress:
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         task = self._bar.add_task(f"{name} ({index + 1}/{self._images})", total=samples, certified="")
-        next_look = 0.0
+        next_look = time.monotonic() + _FIRST_LOOK
 
         def progress(event: Event) -> None:
             nonlocal next_look
