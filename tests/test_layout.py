@@ -17,6 +17,7 @@ LAYERS = [
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"model"},
+    {"folding"},
     {"sampling"},
     {"smoothgrad", "nn"},
     {"certify", "attacks", "training", "curvature"},
