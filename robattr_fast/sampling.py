@@ -18,7 +18,7 @@ from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
 
-_FOLDING_ROWS = 4  # on which a folded model is compared with the model as it was
+_FOLDING_ROWS = 2  # on which a folded model is compared with the model as it was
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
 
