@@ -53,10 +53,11 @@ def overlap_curves(cert: Certificate, k: int, radii: Sequence[float]) -> dict[st
 
     cert holds one image. Where it is evaluated by the published procedure there is one curve.
     """
-    methods = {OURS: cert, PUBLISHED: cert.with_bounds(bound="hoeffding", slack=0)}
-    if methods[PUBLISHED].settings.evaluation == cert.settings.evaluation:
-        del methods[PUBLISHED]
-    return {label: method.overlap(k, radii).share[:, 0].numpy() for label, method in methods.items()}
+    published = cert.with_bounds(bound="hoeffding", slack=0)
+    curves = {OURS: cert.overlap(k, radii)}
+    if cert.settings.second_moment or published.settings.evaluation != cert.settings.evaluation:
+        curves[PUBLISHED] = published.overlap(k, radii, method="marginal")
+    return {label: overlap.share[:, 0].numpy() for label, overlap in curves.items()}
 
 
 def radius_grid(cert: Certificate, k: int, radii: Sequence[float]) -> list[float]:
