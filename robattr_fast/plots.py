@@ -169,6 +169,8 @@ def _show_membership(axes: Axes, image: torch.Tensor, cert: Certificate, k: int)
 
 
 def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float]) -> None:
+    from matplotlib.patheffects import withStroke
+
     grid = radius_grid(cert, k, marked)
     curves = overlap_curves(cert, k, grid)
     share = k / cert.settings.n
@@ -178,7 +180,7 @@ def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float])
     axes.fill_between(grid, 0, 100 * first, color=_STYLES[0]["color"], alpha=0.08, linewidth=0)
     axes.axhline(100 * share, color="#888888", linewidth=1, linestyle=":")
     axes.annotate(
-        "overlap of random sets",
+        "random sets",
         (grid[-1], 100 * share),
         (0, 3),
         textcoords="offset points",
@@ -198,6 +200,7 @@ def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float])
             fontsize=10,
             color=_STYLES[0]["color"],
             fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     axes.set(xlim=(0, grid[-1]), ylim=(0, 100))
     axes.set_xlabel("L2 radius of the perturbation (pixels in [0, 1])")
