@@ -183,11 +183,28 @@ def _check_count_sparsified_(device: torch.device) -> list[Case]:
     return cases
 
 
+def _check_packed_gram(device: torch.device) -> list[Case]:
+    small = torch.tensor([[1, 2, 0], [0, 3, 3]], dtype=torch.uint8, device=device)
+    cases = [
+        (
+            "products known by heart",
+            ops.packed_gram(reference.pack_levels(small, 3), 3),
+            torch.tensor([[5, 6], [6, 18]]),
+        )
+    ]
+    for levels in (1, 15):
+        rows = reference.pack_levels((_scores(device)[0].long() % (levels + 1)).to(torch.uint8), levels)
+        got, expected = ops.packed_gram(rows, levels, rows[2:5]), reference.packed_gram(rows, levels, rows[2:5])
+        cases.append((f"levels={levels}", got, expected))
+    return cases
+
+
 CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
     "noisy_samples": _check_noisy_samples,
     "topk_threshold": _check_topk_threshold,
     "sparsify": _check_sparsify,
     "count_sparsified_": _check_count_sparsified_,
+    "packed_gram": _check_packed_gram,
 }
 """Per operator the cases of its self-check, through the public function on the backend in force."""
 

@@ -22,11 +22,12 @@ def test_this_installation_is_healthy(backend):
 
 
 def spoiled(call):
-    """The same implementation, but one element of the tensor that it writes into (its second) is off by one bit."""
+    """The same implementation, but one element of what it writes into (its second argument) or returns is off a bit."""
 
     def wrong(*args, **kwargs):
         result = call(*args, **kwargs)
-        args[1].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        written = args[1] if isinstance(args[1], torch.Tensor) else result
+        written.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
         return result
 
     return wrong
