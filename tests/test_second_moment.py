@@ -174,11 +174,14 @@ def mixture(name: str) -> tuple[np.ndarray, np.ndarray, int]:
         # A cluster of probability 1/100, far from the rest: the eigenvector that 150 rows may miss.
         patterns = random_patterns(41)
         return np.concatenate([np.full(40, 0.99 / 40), [0.01]]), patterns, k_tau
+    if name == "missed":
+        # Half of all runs of 150 rows see one pattern only and an empirical covariance of zero.
+        return np.array([0.995, 0.005]), random_patterns(2), k_tau
     weights = 1 / np.arange(1, 121) ** 1.5
     return weights / weights.sum(), random_patterns(120), k_tau
 
 
-MIXTURES = ["spread", "rank-one", "rare", "heavy-tailed"]
+MIXTURES = ["spread", "rank-one", "rare", "missed", "heavy-tailed"]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
