@@ -10,7 +10,7 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import count_sparsified_, noisy_samples, sparsify, topk_threshold
+from robattr_fast.ops import count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "count_sparsified_",
     "noisy_samples",
     "overlap",
+    "packed_gram",
     "reference",
     "smoothgrad",
     "sparsify",

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
 
+_FOLDING_ROWS = 4  # on which a folded model is compared with the model as it was
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
 
@@ -80,16 +82,19 @@ class Sampler:
         self.explain = explain
         self.seed = _check.seed(seed)
         self.image_ids = image_ids
+        self.folded = False
         self.batch_size = 1
         self._buffer = torch.empty(0)
 
-    def probe(self) -> int:
-        """Run one sample, so that a model that cannot be explained fails before any work; the number of classes."""
+    def prepare(self) -> int:
+        """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
         with torch.no_grad():
             classes = _model.forward(self.model, self.x[:1]).shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
-        self._run([Segment(0, 0, 1)], 1)
+        self._run([Segment(0, 0, _FOLDING_ROWS)], _FOLDING_ROWS)
+        if isinstance(self.explain, str):  # a callable may look at the model's layers: it gets them as they are
+            self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         return classes
 
     def set_batch_size(self, batch_size: int | str, samples: int) -> None:

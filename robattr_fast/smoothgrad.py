@@ -131,7 +131,7 @@ def smoothgrad(
         seed=seed,
         image_ids=check_image_ids(image_ids, x),
     )
-    sampler.probe()
+    sampler.prepare()
     sampler.set_batch_size(batch_size, samples)
     accumulator = _accumulator(kind, x, tau, gamma, levels)
     done, wanted = [0] * x.shape[0], [samples] * x.shape[0]

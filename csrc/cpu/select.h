@@ -24,10 +24,24 @@ static const Key* row_bits(const Rows& rows, int64_t r, Scratch<Key>& scratch) {
     for (int64_t i = 0; i < rows.n; ++i) scratch.converted[i] = load_bits(row + i * rows.stride);
   } else {
     if (rows.stride == 1 && rows.type == ScalarType::Float) return rows.row<Key>(r);
+    if (rows.stride == 1 && rows.type == ScalarType::BFloat16) {
+      const uint16_t* row = rows.row<uint16_t>(r);
+      for (int64_t i = 0; i < rows.n; ++i) scratch.converted[i] = static_cast<int32_t>(row[i]) << 16;
+      return scratch.converted.get();
+    }
     dispatch_float(rows.type, [&](auto tag) {
       using T = decltype(tag);
       const T* row = rows.row<T>(r);
-      for (int64_t i = 0; i < rows.n; ++i) {
+      int64_t i = 0;
+#if ROBATTR_ISA != ROBATTR_ISA_BASELINE
+      if (rows.stride == 1 && std::is_same_v<T, c10::Half>) {
+        for (; i + 8 <= rows.n; i += 8) {
+          const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
+          _mm256_storeu_ps(reinterpret_cast<float*>(&scratch.converted[i]), _mm256_cvtph_ps(halves));
+        }
+      }
+#endif
+      for (; i < rows.n; ++i) {
         const float value = static_cast<float>(row[i * rows.stride]);
         std::memcpy(&scratch.converted[i], &value, sizeof value);
       }
@@ -45,28 +59,31 @@ struct Collected {
 template <bool kIndex, class Key>
 static Collected collect(const Key* bits, int64_t n, Key bound, Scratch<Key>& scratch) {
   using V = Vector<Key>;
-  constexpr int kWidth = sizeof(V) / sizeof(Key);
   Key* keys = scratch.keys.get();
   uint32_t* index = scratch.index.get();
   const V bounds = V{} + bound;
   V nonfinite = {};
+  uint32_t indices[kWidth<Key>];
   int64_t above = 0, equal = 0;
   const auto block = [&](V v, int64_t i, uint32_t lanes) {
     nonfinite |= nonfinite_sign<Key>(v);
     const V key = float_key<Key>(v);
-    const uint32_t mask = greater(key, bounds) & lanes;
-    equal += __builtin_popcount(equals(key, bounds) & lanes);
-    if constexpr (kIndex) compress_indices<kWidth>(index + above, static_cast<uint32_t>(i), mask);
+    const uint32_t mask = greater<Key>(key, bounds) & lanes;
+    equal += __builtin_popcount(equals<Key>(key, bounds) & lanes);
+    if constexpr (kIndex) {
+      for (int lane = 0; lane < kWidth<Key>; ++lane) indices[lane] = static_cast<uint32_t>(i) + lane;
+      compress_list<Key>(index + above, indices, mask);
+    }
     above += compress(keys + above, key, mask);
   };
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) block(load_vector(bits + i), i, (1u << kWidth) - 1);
+  for (; i + kWidth<Key> <= n; i += kWidth<Key>) block(load_vector(bits + i), i, (1u << kWidth<Key>) - 1);
   if (i < n) {
     V tail = {};
     std::memcpy(&tail, bits + i, (n - i) * sizeof(Key));
     block(tail, i, (1u << (n - i)) - 1);
   }
-  return {above, equal, greater(V{}, nonfinite) == 0};
+  return {above, equal, greater<Key>(V{}, nonfinite) == 0};
 }
 
 // The k-th largest of keys[0, n), 1 <= k <= n: a histogram over their range, then the same within the bin that holds it.
@@ -75,20 +92,19 @@ template <class Key>
 static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scratch) {
   using UKey = std::make_unsigned_t<Key>;
   using V = Vector<Key>;
-  constexpr int kWidth = sizeof(V) / sizeof(Key);
   Key* work = scratch.work.get();
-  while (n > 2 * kWidth) {
+  while (n > 2 * kWidth<Key>) {
     V low = load_vector(keys), high = low;
-    for (int64_t i = kWidth; i + kWidth <= n; i += kWidth) {
+    for (int64_t i = kWidth<Key>; i + kWidth<Key> <= n; i += kWidth<Key>) {
       const V v = load_vector(keys + i);
       low = v < low ? v : low;
       high = v > high ? v : high;
     }
-    const V last = load_vector(keys + n - kWidth);
+    const V last = load_vector(keys + n - kWidth<Key>);
     low = last < low ? last : low;
     high = last > high ? last : high;
     Key smallest = low[0], largest = high[0];
-    for (int lane = 1; lane < kWidth; ++lane) {
+    for (int lane = 1; lane < kWidth<Key>; ++lane) {
       smallest = std::min<Key>(smallest, low[lane]);
       largest = std::max<Key>(largest, high[lane]);
     }
@@ -123,15 +139,15 @@ static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scra
     const Key bottom = bin + 1 == bins ? smallest - 1 : static_cast<Key>(static_cast<UKey>(largest) - below);
     const V bottoms = V{} + bottom, tops = V{} + top;
     int64_t kept = 0;
-    for (i = 0; i < n; i += kWidth) {
+    for (i = 0; i < n; i += kWidth<Key>) {
       const V v = load_vector(keys + i);
-      const uint32_t lanes = n - i < kWidth ? (1u << (n - i)) - 1 : (1u << kWidth) - 1;
-      kept += compress(work + kept, v, greater(v, bottoms) & ~greater(v, tops) & lanes);
+      const uint32_t lanes = n - i < kWidth<Key> ? (1u << (n - i)) - 1 : (1u << kWidth<Key>) - 1;
+      kept += compress(work + kept, v, greater<Key>(v, bottoms) & ~greater<Key>(v, tops) & lanes);
     }
     keys = work;
     n = kept;
   }
-  Key sorted[2 * kWidth];
+  Key sorted[2 * kWidth<Key>];
   std::copy(keys, keys + n, sorted);
   std::nth_element(sorted, sorted + (k - 1), sorted + n, std::greater<Key>());
   return sorted[k - 1];
@@ -197,21 +213,20 @@ static Support<Key> select_support(const Key* bits, int64_t n, int64_t k_tau, in
   if (k_tau >= c.above) return {c.above, g, true};
 
   using V = Vector<Key>;
-  constexpr int kWidth = sizeof(V) / sizeof(Key);
   Key cut = kth_largest(keys, c.above, k_tau, scratch) - 1;  // keys above it are selected
   const auto lanes = [&](int64_t i) {
-    return c.above - i < kWidth ? (1u << (c.above - i)) - 1 : (1u << kWidth) - 1;
+    return c.above - i < kWidth<Key> ? (1u << (c.above - i)) - 1 : (1u << kWidth<Key>) - 1;
   };
   int64_t reach = 0;
-  for (int64_t i = 0; i < c.above; i += kWidth) {
-    reach += __builtin_popcount(greater(load_vector(keys + i), V{} + cut) & lanes(i));
+  for (int64_t i = 0; i < c.above; i += kWidth<Key>) {
+    reach += __builtin_popcount(greater<Key>(load_vector(keys + i), V{} + cut) & lanes(i));
   }
   if (reach > k_tau) ++cut;  // not all ties fit
   int64_t size = 0;
-  for (int64_t i = 0; i < c.above; i += kWidth) {
+  for (int64_t i = 0; i < c.above; i += kWidth<Key>) {
     const V v = load_vector(keys + i);
-    const uint32_t mask = greater(v, V{} + cut) & lanes(i);
-    compress_list<kWidth>(index + size, index + i, mask);
+    const uint32_t mask = greater<Key>(v, V{} + cut) & lanes(i);
+    compress_list<Key>(index + size, index + i, mask);
     size += compress(keys + size, v, mask);
   }
   return {size, g, true};
@@ -233,11 +248,10 @@ static void level_edges(Key g, int levels, Key* edges) {
 template <class Key>
 static void levels_of(const Key* keys, int64_t size, const Key* edges, int levels, uint32_t* level) {
   using V = Vector<Key>;
-  constexpr int kWidth = sizeof(V) / sizeof(Key);
-  for (int64_t i = 0; i < size; i += kWidth) {
+  for (int64_t i = 0; i < size; i += kWidth<Key>) {
     const V v = load_vector(keys + i);
     V sum = {};
     for (int l = 0; l < levels; ++l) sum -= v > edges[l];
-    for (int lane = 0; lane < kWidth; ++lane) level[i + lane] = static_cast<uint32_t>(sum[lane]);
+    for (int lane = 0; lane < kWidth<Key>; ++lane) level[i + lane] = static_cast<uint32_t>(sum[lane]);
   }
 }

@@ -113,9 +113,9 @@ def marginal_bounds(
 
     mean = sample_mean(values, samples)
     lower, upper = torch.zeros_like(mean), torch.ones_like(mean)
-    for image, q in enumerate(samples.tolist()):
-        if q > 0:
-            # The bounds depend on the mean alone, and 0/1 maps have at most q + 1 different ones.
-            table, index = mean[image].unique(return_inverse=True)
-            lower[image], upper[image] = (ends[index] for ends in _FIXED_SIZE[bound](table, q, delta))
+    for q in samples[samples > 0].unique().tolist():
+        # The bounds depend on the mean alone, and 0/1 maps have at most q + 1 different ones.
+        images = samples == q
+        table, index = mean[images].unique(return_inverse=True)
+        lower[images], upper[images] = (ends[index] for ends in _FIXED_SIZE[bound](table, q, delta))
     return lower, upper

@@ -273,7 +273,7 @@ def certify(
         raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
     path = None if checkpoint is None else Path(checkpoint)
     resumed = None if path is None else _resumable(path, settings)
-    state = State(settings, x.shape[0], sampler.probe(), x.device)
+    state = State(settings, x.shape[0], sampler.prepare(), x.device)
     if resumed is None:
         sampler.set_batch_size(batch_size, samples * x.shape[0])
     else:

@@ -99,8 +99,8 @@ def slack_candidates(k: int) -> tuple[int, ...]:
     """Values of the slack m to try for an overlap of k elements, 0 among them.
 
     With betting bounds all m hold together, so that the best may be picked after the fact (T4). Measured on two
-    synthetic maps of 150528 elements, k = n/5, q = 512, 2048, 8192: the best m lies between k/32 and k/256, and the
-    best of these four certifies a share at most .004 below it (m = 0: .03 to .14 below).
+    synthetic maps of 150528 elements, k = n/5, q = 512, 2048, 8192: the best m lies between k/32 and k/256; the best of
+    these four certifies a share at most .004 below it (m = 0: .01 to .14 below).
     """
     return tuple(sorted({0, k // 512, k // 128, k // 32}))
 

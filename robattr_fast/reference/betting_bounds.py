@@ -43,8 +43,8 @@ def betting_shares() -> torch.Tensor:
     return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64))
 
 
-def _check(counts: torch.Tensor, samples: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts of the levels 0..L, int64 [B, n, L + 1], and samples, int64 [B]."""
+def _check(counts: torch.Tensor, samples: torch.Tensor | int) -> torch.Tensor:
+    """Counts of the levels 0..L of all elements, int64 [B n, L + 1]; raises as `betting_bounds` says."""
     if not isinstance(counts, torch.Tensor) or counts.dtype != torch.int32:
         raise TypeError(f"counts must be an int32 tensor, got {getattr(counts, 'dtype', type(counts).__name__)}")
     if counts.ndim != 3 or counts.shape[0] < 1 or counts.shape[2] < 1:
@@ -64,7 +64,7 @@ def _check(counts: torch.Tensor, samples: torch.Tensor | int) -> tuple[torch.Ten
     rest = samples[:, None] - counts.sum(2, dtype=torch.int64)
     if (samples < 0).any() or (rest < 0).any():
         raise ValueError("the counts of an element must not add up to more than samples")
-    return torch.cat([rest[:, :, None], counts.long()], 2), samples
+    return torch.cat([rest[:, :, None], counts.long()], 2).flatten(0, 1)
 
 
 def _log_wealth(counts: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,13 +105,14 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
         * (counts.shape[1] + 8)
         * (5 * total + above * (1 - start.log()) - log_levels + target)
     )
+    # Below the aim of the iteration, not only below the target.
+    start = start * (-4 * rounding / above).exp()
     # The normal approximation is closer to the root for all but the smallest counts.
     mean = counts[:, 1:] @ levels / total
     variance = counts[:, 1:] @ levels.square() / total - mean.square()
     guess = mean - (2 * variance.clamp_min(0) * (target + math.log(NUM_SHARES)) / total).sqrt()
-    bound = torch.maximum(start, guess)
-
-    pending = torch.arange(len(counts), device=counts.device)
+    bound = torch.where(start > _TINY, torch.maximum(start, guess), 0.0)
+    pending = bound.nonzero()[:, 0]
     while len(pending):
         log_wealth, slope = _log_wealth(counts[pending], bound[pending])
         excess = log_wealth - target - 2 * rounding[pending]
@@ -119,22 +120,23 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
         pending = pending[moving]
         step = (-excess[moving] / slope[moving]).exp()
         bound[pending] = torch.maximum(bound[pending] * step, start[pending])
-    return torch.where(start > _TINY, bound, 0.0)
+    return bound
 
 
 def _lower_of_rows(counts: torch.Tensor, delta: float) -> torch.Tensor:
-    """counts: int64 [n, L + 1] -> float64 [n]; rows without any sample above level 0 have the bound 0."""
-    result = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+    """counts: int64 [R, L + 1] -> float64 [R]; rows without any sample above level 0 have the bound 0."""
     if counts.shape[1] == 2:
-        table, inverse = counts[:, 1].unique(return_inverse=True)
-        rows = torch.stack([counts[:1].sum() - table, table], 1)
-        if len(table) < len(counts):
-            return _lower_of_rows(rows, delta)[inverse]
-    nonzero = counts[:, 1:].any(1).nonzero()[:, 0]
-    rows_at_once = max(1, _CHUNK // (NUM_SHARES * counts.shape[1]))
-    for chunk in nonzero.split(rows_at_once):
-        result[chunk] = _lower(counts[chunk].double(), delta)
-    return result
+        # 0/1 samples: few pairs (c_0, c_1) are different.
+        base = counts.max() + 1 if len(counts) else 1
+        table, inverse = (counts[:, 0] * base + counts[:, 1]).unique(return_inverse=True)
+        rows = torch.stack([table // base, table % base], 1)
+    else:
+        rows, inverse = counts, slice(None)
+    bounds = torch.zeros(len(rows), dtype=torch.float64, device=counts.device)
+    nonzero = rows[:, 1:].any(1).nonzero()[:, 0]
+    for chunk in nonzero.split(max(1, _CHUNK // (NUM_SHARES * counts.shape[1]))):
+        bounds[chunk] = _lower(rows[chunk].double(), delta)
+    return bounds[inverse]
 
 
 def betting_bounds(
@@ -158,9 +160,8 @@ def betting_bounds(
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie in (0, 1), got {delta}")
-    full, _ = _check(counts, samples)
-    lower = torch.stack([_lower_of_rows(image, delta) for image in full])
-    mirrored = torch.stack([_lower_of_rows(image.flip(1), delta) for image in full])
+    rows = _check(counts, samples)
+    lower, mirrored = (_lower_of_rows(side, delta).view(counts.shape[:2]) for side in (rows, rows.flip(1)))
     one = torch.ones_like(mirrored)
     return lower, torch.nextafter(one - mirrored, one)
 
@@ -171,12 +172,11 @@ def log_wealth(counts: torch.Tensor, samples: torch.Tensor | int, mean: torch.Te
     counts, samples: as in `betting_bounds`. mean: float64 [B, n] in (0, 1]. Returns float64 [B, n].
     The expectation of exp(ln W) is at most 1 at any stopping time if the statement is true.
     """
-    full, _ = _check(counts, samples)
+    rows = _check(counts, samples).double()
     if mean.shape != counts.shape[:2] or mean.dtype != torch.float64:
         raise ValueError(f"mean must be float64 {list(counts.shape[:2])}, got {mean.dtype} {list(mean.shape)}")
     if not ((mean > 0) & (mean <= 1)).all():
         raise ValueError("mean must lie in (0, 1]")
-    rows, means = full.flatten(0, 1).double(), mean.flatten()
     chunk = max(1, _CHUNK // (NUM_SHARES * rows.shape[1]))
-    parts = [_log_wealth(*part)[0] for part in zip(rows.split(chunk), means.split(chunk), strict=True)]
+    parts = [_log_wealth(*part)[0] for part in zip(rows.split(chunk), mean.flatten().split(chunk), strict=True)]
     return torch.cat(parts).view_as(mean)

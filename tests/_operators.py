@@ -1,0 +1,123 @@
+"""What the operators' tests share: the backends to run on, rows that are hard to select from, a fixed hypothesis."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from robattr_fast import _extension, backends
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def needs_extension() -> None:
+    """Skip where the extension is not built."""
+    built, reason = _extension.load()
+    if not built:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Runs the test on each backend that takes CPU tensors."""
+    if request.param == "cpu":
+        needs_extension()
+    with backends.use(request.param, strict=True):
+        yield request.param
+
+
+def examples(count: int):
+    """The same ``count`` examples in every run."""
+    # The backend fixture is set once for all examples, which is what is meant.
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks)
+
+
+def _with_specials(row, rng, values):
+    places = rng.integers(0, row.size, size=max(1, row.size // 50))
+    row[places] = rng.choice(np.array(values, dtype=row.dtype), size=places.size)
+    return row
+
+
+def _random_bits(n, dtype, rng):
+    row = rng.integers(0, 256, size=n * dtype.itemsize, dtype=np.uint8).view(dtype)
+    return np.where(np.isfinite(row), row, dtype.type(0))
+
+
+def _sparse(n, dtype, rng):
+    return np.where(rng.random(n) < 0.01, rng.random(n), 0).astype(dtype)
+
+
+def _one_ulp(n, dtype, rng):
+    low = dtype.type(1.5)
+    return np.where(rng.random(n) < rng.random(), low, np.nextafter(low, dtype.type(2)))
+
+
+def _one_large(n, dtype, rng):
+    row = (1 + 1e-5 * rng.random(n)).astype(dtype)
+    row[rng.integers(n)] = np.finfo(dtype).max
+    return row
+
+
+KINDS = {
+    "half-normal": lambda n, dtype, rng: np.abs(rng.standard_normal(n)).astype(dtype),
+    "signed": lambda n, dtype, rng: rng.standard_normal(n).astype(dtype),
+    "negative": lambda n, dtype, rng: -np.abs(rng.standard_normal(n)).astype(dtype),
+    "few values": lambda n, dtype, rng: rng.integers(-1, 6, size=n).astype(dtype),
+    "constant": lambda n, dtype, rng: np.full(n, 0.3, dtype=dtype),
+    "zero": lambda n, dtype, rng: np.where(rng.random(n) < 0.5, 0.0, -0.0).astype(dtype),
+    "sparse": _sparse,
+    "one ulp": _one_ulp,
+    "one large": _one_large,
+    "denormal": lambda n, dtype, rng: (rng.integers(-3, 50, size=n) * np.finfo(dtype).smallest_subnormal).astype(dtype),
+    "all bits": _random_bits,
+    "ascending": lambda n, dtype, rng: np.sort(rng.random(n)).astype(dtype),
+    "descending": lambda n, dtype, rng: np.sort(rng.random(n))[::-1].astype(dtype),
+    "infinite": lambda n, dtype, rng: _with_specials(rng.random(n).astype(dtype), rng, [np.inf, -np.inf]),
+    "nan": lambda n, dtype, rng: _with_specials(rng.random(n).astype(dtype), rng, [np.nan, -np.nan, np.inf]),
+}
+
+
+def make_row(kind: str, n: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
+    """A row of n scores of one of KINDS."""
+    return np.ascontiguousarray(KINDS[kind](n, np.dtype(dtype), np.random.default_rng(seed)))
+
+
+# Around vector widths, around the length from which rows are sampled, and real sizes.
+SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 100, 784, 1000, 3072, 8191, 8192, 8193, 20001)
+
+rows = st.builds(
+    make_row,
+    st.sampled_from(sorted(KINDS)),
+    st.one_of(st.sampled_from(SIZES), st.integers(1, 300)),
+    st.sampled_from([np.float32, np.float64]),
+    st.integers(0, 2**32 - 1),
+)
+short_rows = st.lists(
+    st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, 1.0, 2.0, 1e-45, np.inf, -np.inf, np.nan])),
+    min_size=1,
+    max_size=40,
+).map(lambda values: np.array(values, dtype=np.float32))
+
+
+def strided(row: np.ndarray, step: int) -> torch.Tensor:
+    """The row as a tensor whose elements are ``step`` apart; what lies between must not be read."""
+    storage = torch.full((row.size * step,), 1e30, dtype=torch.from_numpy(row).dtype)
+    storage[::step] = torch.from_numpy(row)
+    return storage[::step]
+
+
+def sorted_levels(row: np.ndarray, k_tau: int, k_gamma: int, levels: int) -> np.ndarray | None:
+    """Level of each element by sorting, None for a row with NaN or inf: written independently of the package."""
+    if not np.isfinite(row).all():
+        return None
+    descending = np.sort(row)[::-1]
+    threshold, g = descending[k_tau - 1], max(descending[k_gamma - 1], row.dtype.type(0))
+    kept = row >= threshold
+    if kept.sum() > k_tau:
+        kept = row > threshold
+    edges = [g * (row.dtype.type(step) / row.dtype.type(levels)) for step in range(levels)]
+    return np.where(kept & (row > 0), sum((row > edge).astype(np.int64) for edge in edges), 0)

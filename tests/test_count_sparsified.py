@@ -1,0 +1,167 @@
+"""`count_sparsified_` on every backend: exact counts."""
+
+import numpy as np
+import pytest
+import torch
+from _operators import DTYPES, KINDS, backend, examples, make_row, sorted_levels
+from hypothesis import given
+from hypothesis import strategies as st
+
+import robattr_fast as rf
+from robattr_fast.reference._select import selected
+
+__all__ = ["backend"]
+
+
+def count(scores, tau, gamma=None, levels=1):
+    counts = torch.zeros(scores.shape[0], scores.shape[2], levels, dtype=torch.int32)
+    return counts, rf.count_sparsified_(counts, scores, tau, gamma)
+
+
+def expected_counts(scores, tau, gamma, levels):
+    """Counts and invalid by sorting each row."""
+    batch, samples, n = scores.shape
+    counts, invalid = np.zeros((batch, n, levels), dtype=np.int32), np.zeros(batch, dtype=np.int32)
+    for b in range(batch):
+        for row in scores[b]:
+            level = sorted_levels(row, selected(tau, n), selected(gamma or tau, n), levels)
+            if level is None:
+                invalid[b] += 1
+            else:
+                for step in range(levels):
+                    counts[b, :, step] += level == step + 1
+    return counts, invalid
+
+
+@given(
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6),
+    n=st.one_of(st.sampled_from([1, 2, 17, 784, 8192, 9000]), st.integers(1, 200)),
+    batch=st.integers(1, 3),
+    tau=st.floats(1e-3, 1),
+    ratio=st.floats(0.05, 1),
+    levels=st.integers(1, 15),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@examples(100)
+def test_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype):
+    rows = [[make_row(kind, n, dtype, seed=17 * b + j) for j, kind in enumerate(kinds)] for b in range(batch)]
+    scores = np.array(rows)
+    counts, invalid = count(torch.from_numpy(scores), tau, tau * ratio, levels)
+    expected, expected_invalid = expected_counts(scores, tau, tau * ratio, levels)
+    np.testing.assert_array_equal(counts.numpy(), expected)
+    np.testing.assert_array_equal(invalid.numpy(), expected_invalid)
+
+
+@pytest.mark.parametrize("levels", [1, 4, 15])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
+    scores = torch.randn(2, 9, 3000).to(dtype)
+    scores[1, 3, 5] = torch.nan
+    counts, invalid = count(scores, 0.2, 0.05, levels)
+    level = torch.round(rf.sparsify(scores, 0.2, 0.05, levels=levels) * levels)
+    expected = torch.stack([(level == step + 1).sum(1) for step in range(levels)], dim=-1)
+    assert torch.equal(counts, expected.to(torch.int32))
+    assert invalid.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("levels", [1, 15])
+def test_real_size(backend, levels):
+    scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in sorted(KINDS)])[None]
+    counts, invalid = count(scores, 0.1, 0.02, levels)
+    expected, expected_invalid = expected_counts(scores.numpy(), 0.1, 0.02, levels)
+    np.testing.assert_array_equal(counts.numpy(), expected)
+    np.testing.assert_array_equal(invalid.numpy(), expected_invalid)
+
+
+def test_more_rows_than_one_wave(backend):
+    scores = torch.rand(3, 700, 100)
+    counts, _ = count(scores, 1.0, 0.1, 3)
+    assert counts.sum(dim=-1).eq(700).all()
+    split = torch.zeros_like(counts)
+    for part in scores.split([1, 300, 399], dim=1):
+        rf.count_sparsified_(split, part, 1.0, 0.1)
+    assert torch.equal(split, counts)
+
+
+def test_adds_to_counts(backend):
+    scores = torch.rand(2, 3, 50)
+    counts, _ = count(scores, 0.3)
+    more = counts + 5
+    rf.count_sparsified_(more, scores, 0.3)
+    assert torch.equal(more, 2 * counts + 5)
+
+
+def test_views_of_scores(backend):
+    scores = torch.randn(4, 6, 500)
+    for view in (scores.transpose(0, 1), scores[:, ::2], scores[..., 3::7], scores.transpose(1, 2), scores[:1].expand(5, 6, 500)):
+        assert torch.equal(count(view, 0.2)[0], count(view.contiguous(), 0.2)[0])
+
+
+def test_counts_are_detached(backend):
+    scores = torch.rand(1, 4, 30, requires_grad=True)
+    counts, invalid = count(scores, 0.2)
+    assert not counts.requires_grad
+    assert not invalid.requires_grad
+
+
+def test_overflow_is_an_error(backend):
+    counts = torch.full((1, 10, 1), 2**31 - 3, dtype=torch.int32)
+    rf.count_sparsified_(counts, torch.rand(1, 2, 10), 1.0)
+    with pytest.raises(ValueError, match="passes 2147483647"):
+        rf.count_sparsified_(counts, torch.rand(1, 1, 10), 1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    scores = torch.randn(2, 40, 20_000)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = count(scores, 0.3, 0.1, 5)[0]
+    finally:
+        torch.set_num_threads(before)
+    with rf.backends.use("reference"):
+        assert torch.equal(actual, count(scores, 0.3, 0.1, 5)[0])
+
+
+def test_opcheck():
+    scores = torch.rand(2, 3, 40)
+    counts = torch.zeros(2, 40, 4, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.robattr_fast.count_sparsified_.default, (counts, scores, 0.3, 0.1))
+
+
+def test_compile():
+    scores = torch.rand(2, 3, 40)
+    counts = torch.zeros(2, 40, 4, dtype=torch.int32)
+
+    def step(counts, scores):
+        invalid = rf.count_sparsified_(counts, scores * 2, 0.3, 0.1)
+        return invalid + 1
+
+    assert torch.compile(step, fullgraph=True)(counts, scores).tolist() == [1, 1]
+    assert torch.equal(counts, count(scores, 0.3, 0.1, 4)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"counts": torch.zeros(2, 9, 1, dtype=torch.int64)}, TypeError, "counts: got dtype torch.int64"),
+        ({"counts": None}, TypeError, "counts: got NoneType"),
+        ({"counts": torch.zeros(2, 9, dtype=torch.int32)}, ValueError, r"takes \[2, 9, L\]"),
+        ({"counts": torch.zeros(3, 9, 1, dtype=torch.int32)}, ValueError, r"takes \[2, 9, L\]"),
+        ({"counts": torch.zeros(2, 8, 1, dtype=torch.int32)}, ValueError, r"takes \[2, 9, L\]"),
+        ({"counts": torch.zeros(2, 9, 0, dtype=torch.int32)}, ValueError, "got 0"),
+        ({"counts": torch.zeros(2, 9, 16, dtype=torch.int32)}, ValueError, "got 16"),
+        ({"counts": torch.zeros(2, 9, 4, dtype=torch.int32)[..., ::2]}, ValueError, "takes a contiguous tensor"),
+        ({"counts": torch.zeros(2, 9, 1, dtype=torch.int32, device="meta")}, ValueError, "counts: got device meta"),
+        ({"scores": torch.rand(2, 9)}, ValueError, r"takes \[B, q, n\]"),
+        ({"scores": torch.rand(2, 0, 9)}, ValueError, "empty shape"),
+        ({"scores": torch.ones(2, 3, 9, dtype=torch.int32)}, TypeError, "scores: got dtype torch.int32"),
+        ({"tau": 0.0}, ValueError, "tau: got 0.0"),
+        ({"gamma": 0.6}, ValueError, "gamma: got 0.6"),
+    ],
+)
+def test_errors(arguments, error, message):
+    valid = {"counts": torch.zeros(2, 9, 1, dtype=torch.int32), "scores": torch.rand(2, 3, 9), "tau": 0.5}
+    with pytest.raises(error, match=message):
+        rf.count_sparsified_(**(valid | arguments))
