@@ -8,7 +8,7 @@ import torch
 import robattr_fast as rf
 from robattr_fast import _extension
 from robattr_fast.ops import packed_gram
-from robattr_fast.reference.pack_levels import pack_levels, packed_row_bytes, unpack_levels
+from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
 
 BACKENDS = [
     "reference",

@@ -21,6 +21,8 @@ ERROR_SHARE, SPECTRAL_SHARE, FROBENIUS_SHARE = 0.5, 0.3, 0.2
 LAST_LOOK_SHARE = 0.75
 # Below, all eigenvalues cost less than a few of them.
 _LANCZOS_SIZE = 512
+# The bet of lemma 4, as a share of the largest possible one. Between .8 and .9 lambda_u changes by 2 % at most.
+_BET = 0.85
 # Relative: floating-point noise of the formulas below is some 1e-13.
 _OUTWARD = 1e-9
 
@@ -72,10 +74,11 @@ def trace_estimate(counts: Tensor, samples: int) -> float:
 
 @dataclass(frozen=True)
 class GramSummary:
-    """All that T7 needs from the retained samples, six numbers per look. h is in units of 1, not of levels.
+    """All that T7 needs from the retained samples, seven numbers per look. h is in units of 1, not of levels.
 
     rows: m, the samples in the Gram matrix. norm2: ||mean||^2 of theirs. eigenvalue: the largest of the centred Gram
-    matrix over m, that is of the empirical covariance. For the first floor(m/2) samples, of mean a and empirical
+    matrix over m, that is of the empirical covariance. fourth: the same of its squared entries, at least the fourth
+    moment of the centred samples along any direction. For the first floor(m/2) samples, of mean a and empirical
     covariance Sigma_A: half_eigenvalue: the largest eigenvalue of Sigma_A; half_norm2: ||a||^2; half_mean: mean over
     the other samples of (h - a)' Sigma_A (h - a). All rounded up.
     """
@@ -83,20 +86,21 @@ class GramSummary:
     rows: int
     norm2: float
     eigenvalue: float
+    fourth: float
     half_eigenvalue: float
     half_norm2: float
     half_mean: float
 
     def to_array(self) -> np.ndarray:
-        """float64 ``[6]``, in the order of the fields."""
+        """float64 ``[7]``, in the order of the fields."""
         return np.array([getattr(self, field.name) for field in fields(self)], dtype=np.float64)
 
     @classmethod
     def from_array(cls, values: np.ndarray) -> "GramSummary":
         """The inverse of :meth:`to_array`; ValueError for values that no Gram matrix gives."""
         numbers = np.asarray(values, dtype=np.float64)
-        if numbers.shape != (6,) or not np.isfinite(numbers).all() or (numbers < 0).any() or numbers[0] % 1:
-            raise ValueError(f"values must be six finite numbers >= 0, the first an integer, got {numbers}")
+        if numbers.shape != (7,) or not np.isfinite(numbers).all() or (numbers < 0).any() or numbers[0] % 1:
+            raise ValueError(f"values must be seven finite numbers >= 0, the first an integer, got {numbers}")
         return cls(int(numbers[0]), *(float(number) for number in numbers[1:]))
 
 
@@ -120,6 +124,7 @@ def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
         rows=rows,
         norm2=norm2 * (1 + _OUTWARD),
         eigenvalue=largest_eigenvalue(inner) / rows + entry_error,
+        fourth=largest_eigenvalue(inner.abs().add_(entry_error).square_()) / rows,
         half_eigenvalue=largest_eigenvalue(about_half[:half]) / half + entry_error,
         half_norm2=float(to_half[:half].mean()) * (1 + _OUTWARD),
         half_mean=float((about_half[half:].abs() + entry_error).square().mean(1).mean()) * (1 + _OUTWARD),
@@ -202,19 +207,28 @@ def mean_bound(
     return largest_root(excluded, high * 1e-12, high)
 
 
-def spectral_bound(eigenvalue: float, rows: int, sure: float, k_tau: int, delta: float) -> float:
+def spectral_bound(
+    eigenvalue: float, fourth: float, rows: int, sure: float, k_tau: int, delta: float, shift: float = 0.0
+) -> float:
     """lambda_u >= lambda with probability >= 1 - delta (lemma 4).
 
-    eigenvalue: of the empirical covariance of ``rows`` samples about their mean. sure: B^2. Nine tenths of delta pay
-    for the variance along the (fixed, unknown) top direction, one tenth for centring it.
+    eigenvalue, fourth: those of :class:`GramSummary`, from ``rows`` samples. sure: B^2. shift: how far, along any
+    direction, the centre of the samples may lie from their mean (invalid samples). Nine tenths of delta pay for the
+    variance along the fixed, unknown, top direction, one tenth for centring it.
     """
+    log_inverse = math.log(1 / (0.9 * delta))
     log_centre = math.log(2 / (0.1 * delta))
-    sure_part = math.sqrt(sure) * log_centre / (3 * rows)
+    remainder = (-math.log1p(-_BET) - _BET) * sure / k_tau
 
-    def observed(x: np.ndarray) -> np.ndarray:
-        return eigenvalue + (np.sqrt(2 * x * log_centre / rows) + sure_part) ** 2
+    def excluded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        centre = np.sqrt(2 * b * log_centre / rows) + math.sqrt(sure) * log_centre / (3 * rows)
+        second = eigenvalue + centre**2
+        fourth_root = fourth**0.25 + centre + shift
+        allowed = log_inverse / rows + (_BET * second + remainder * fourth_root**4 / sure) / sure
+        return -np.log1p(-_BET * a / sure) > allowed
 
-    return mean_bound(observed, sure, rows, math.log(1 / (0.9 * delta)), min(sure, k_tau))
+    high = min(sure, k_tau)
+    return largest_root(excluded, high * 1e-12, high)
 
 
 def frobenius_bound(summary: GramSummary, spectral: float, sure: float, k_tau: int, delta: float) -> float:

@@ -119,13 +119,16 @@ def second_moments(
     norm = float(mean_map(counts, samples).square().sum().sqrt())
     # Centres p^ and p^_m: an unknown row adds at most its distance from them, squared.
     trace = trace_estimate(counts, samples) + invalid * (k_tau + norm**2) / (samples - 1)
-    eigenvalue = summary.eigenvalue + invalid_rows / rows * (k_tau + summary.norm2)
+    unknown = invalid_rows / rows
+    eigenvalue = summary.eigenvalue + unknown * (k_tau + summary.norm2)
+    fourth = summary.fourth + unknown * (k_tau + summary.norm2) ** 2
+    shift = unknown * math.sqrt(k_tau)
     missing = invalid / samples * math.sqrt(k_tau)
 
     # B^2 = k_tau + ||p||^2, and ||p|| <= ||p^|| + error: each round starts from a bound that already holds.
     sure = 2.0 * k_tau
     for _ in range(20):
-        spectral = spectral_bound(eigenvalue, rows, sure, k_tau, spectral_alpha)
+        spectral = spectral_bound(eigenvalue, fourth, rows, sure, k_tau, spectral_alpha, shift)
         frobenius = math.sqrt(spectral * k_tau)
         if invalid == 0:
             frobenius = min(frobenius, frobenius_bound(summary, spectral, sure, k_tau, frobenius_alpha))

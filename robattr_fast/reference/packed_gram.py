@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from robattr_fast.reference.pack_levels import ROW_ALIGNMENT, bits_per_element, unpack_levels
+from robattr_fast.reference._pack_levels import ROW_ALIGNMENT, bits_per_element, unpack_levels
 
 # A float32 sum of products of levels is exact below 2^24: 15 * 15 * 2^14 is.
 _BLOCK_ELEMENTS = 2**14
@@ -28,7 +28,7 @@ def check_packed(rows: Tensor, num_levels: int, other: Tensor | None, mask: Tens
 def packed_gram(rows: Tensor, num_levels: int, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Inner products of packed rows, in units of levels (divide by ``num_levels ** 2`` for maps in [0, 1]).
 
-    rows: uint8 ``[m, row_bytes]`` as :func:`~robattr_fast.reference.pack_levels.pack_levels` makes them.
+    rows: uint8 ``[m, row_bytes]`` as :func:`~robattr_fast.reference.pack_levels` makes them.
     other: uint8 ``[m2, row_bytes]``; None means ``rows`` itself. A Gram matrix grows by one call for new rows against
     old ones and one for new rows among themselves.
     mask: uint8 ``[row_bytes]``, ANDed to each row: weights 0 (no bit of an element) or 1 (all its bits).
