@@ -77,7 +77,7 @@ static Collected collect(const Key* bits, int64_t n, Key bound, Scratch<Key>& sc
     above += compress(keys + above, key, mask);
   };
   int64_t i = 0;
-  for (; i + kWidth<Key> <= n; i += kWidth<Key>) block(load_vector(bits + i), i, (1u << kWidth<Key>) - 1);
+  for (; i + kWidth<Key> <= n; i += kWidth<Key>) block(load_vector(bits + i), i, (1u << kWidth<Key>)-1);
   if (i < n) {
     V tail = {};
     std::memcpy(&tail, bits + i, (n - i) * sizeof(Key));
@@ -86,8 +86,8 @@ static Collected collect(const Key* bits, int64_t n, Key bound, Scratch<Key>& sc
   return {above, equal, greater<Key>(V{}, nonfinite) == 0};
 }
 
-// The k-th largest of keys[0, n), 1 <= k <= n: a histogram over their range, then the same within the bin that holds it.
-// keys stay; keys may be read, not written, up to kPadding elements past n.
+// The k-th largest of keys[0, n), 1 <= k <= n: a histogram over their range, then the same within the bin that holds
+// it. keys stay; keys may be read, not written, up to kPadding elements past n.
 template <class Key>
 static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scratch) {
   using UKey = std::make_unsigned_t<Key>;
@@ -141,7 +141,7 @@ static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scra
     int64_t kept = 0;
     for (i = 0; i < n; i += kWidth<Key>) {
       const V v = load_vector(keys + i);
-      const uint32_t lanes = n - i < kWidth<Key> ? (1u << (n - i)) - 1 : (1u << kWidth<Key>) - 1;
+      const uint32_t lanes = n - i < kWidth<Key> ? (1u << (n - i)) - 1 : (1u << kWidth<Key>)-1;
       kept += compress(work + kept, v, greater<Key>(v, bottoms) & ~greater<Key>(v, tops) & lanes);
     }
     keys = work;
@@ -215,7 +215,7 @@ static Support<Key> select_support(const Key* bits, int64_t n, int64_t k_tau, in
   using V = Vector<Key>;
   Key cut = kth_largest(keys, c.above, k_tau, scratch) - 1;  // keys above it are selected
   const auto lanes = [&](int64_t i) {
-    return c.above - i < kWidth<Key> ? (1u << (c.above - i)) - 1 : (1u << kWidth<Key>) - 1;
+    return c.above - i < kWidth<Key> ? (1u << (c.above - i)) - 1 : (1u << kWidth<Key>)-1;
   };
   int64_t reach = 0;
   for (int64_t i = 0; i < c.above; i += kWidth<Key>) {

@@ -53,7 +53,7 @@ def noisy_samples(
         raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
     if image_ids is not None and (image_ids.dtype != torch.int64 or image_ids.shape != x.shape[:1]):
         raise ValueError(
-            f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 {tuple(x.shape[:1])}, one per image"
+            f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 {tuple(x.shape[:1])}"
         )
     if sample_offset is not None and (sample_offset.dtype != torch.int64 or sample_offset.shape != (1,)):
         raise ValueError(

@@ -43,9 +43,7 @@ def sparsify_levels(
     return torch.where(support, level, 0), valid
 
 
-def sparsify(
-    scores: torch.Tensor, tau: float, gamma: float | None = None, *, levels: int | None = 1
-) -> torch.Tensor:
+def sparsify(scores: torch.Tensor, tau: float, gamma: float | None = None, *, levels: int | None = 1) -> torch.Tensor:
     """scores [..., n] -> h [..., n] in [0, 1]; 0 < gamma <= tau <= 1, gamma=None means tau.
 
     The support is {i : s_i >= s_[k_tau], s_i > 0}, s_[j] the j-th largest score. On it, with g = max(s_[k_gamma], 0):
