@@ -205,3 +205,17 @@ def test_gradient_under_compile():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         rf.sparsify(**({"scores": torch.rand(5), "tau": 0.5} | arguments))
+
+
+def test_second_derivative_under_compile():
+    scores = spaced(1, 30).detach().requires_grad_()
+
+    def penalty(s):
+        (first,) = torch.autograd.grad(rf.sparsify(s, 0.5, 0.2, levels=None).pow(3).sum(), s, create_graph=True)
+        return first.square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(scores), scores)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+        (actual,) = torch.autograd.grad(compiled(scores), scores)
+    torch.testing.assert_close(actual, expected)
