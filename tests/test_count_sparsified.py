@@ -20,7 +20,7 @@ def count(scores, tau, gamma=None, levels=1):
 
 def expected_counts(scores, tau, gamma, levels):
     """Counts and invalid by sorting each row."""
-    batch, samples, n = scores.shape
+    batch, _, n = scores.shape
     counts, invalid = np.zeros((batch, n, levels), dtype=np.int32), np.zeros(batch, dtype=np.int32)
     for b in range(batch):
         for row in scores[b]:
@@ -93,7 +93,13 @@ def test_adds_to_counts(backend):
 
 def test_views_of_scores(backend):
     scores = torch.randn(4, 6, 500)
-    for view in (scores.transpose(0, 1), scores[:, ::2], scores[..., 3::7], scores.transpose(1, 2), scores[:1].expand(5, 6, 500)):
+    for view in (
+        scores.transpose(0, 1),
+        scores[:, ::2],
+        scores[..., 3::7],
+        scores.transpose(1, 2),
+        scores[:1].expand(5, 6, 500),
+    ):
         assert torch.equal(count(view, 0.2)[0], count(view.contiguous(), 0.2)[0])
 
 

@@ -118,7 +118,9 @@ def test_opcheck():
 @pytest.mark.parametrize("levels", [1, 15, None])
 def test_compile(levels):
     scores = torch.rand(3, 100)
-    compiled = torch.compile(lambda s: rf.sparsify(s + 1, 0.3, 0.1, levels=levels) * 2, fullgraph=True)
+    compiled = torch.compile(
+        lambda s: rf.sparsify(s + 1, 0.3, 0.1, levels=levels) * 2, fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(scores), rf.sparsify(scores + 1, 0.3, 0.1, levels=levels) * 2)
 
 
@@ -180,7 +182,7 @@ def test_gradient_under_compile():
         return rf.sparsify(s, 0.3, 0.1, levels=None).pow(3).sum()
 
     (expected,) = torch.autograd.grad(loss(scores), scores)
-    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(scores), scores)
+    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(scores), scores)
     torch.testing.assert_close(actual, expected)
 
 
@@ -203,3 +205,17 @@ def test_gradient_under_compile():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         rf.sparsify(**({"scores": torch.rand(5), "tau": 0.5} | arguments))
+
+
+def test_second_derivative_under_compile():
+    scores = spaced(1, 30).detach().requires_grad_()
+
+    def penalty(s):
+        (first,) = torch.autograd.grad(rf.sparsify(s, 0.5, 0.2, levels=None).pow(3).sum(), s, create_graph=True)
+        return first.square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(scores), scores)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+        (actual,) = torch.autograd.grad(compiled(scores), scores)
+    torch.testing.assert_close(actual, expected)

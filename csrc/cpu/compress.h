@@ -18,6 +18,21 @@ using Vector = typename VectorOf<Key>::type;
 template <class Key>
 constexpr int kWidth = kRegister / sizeof(Key);
 
+// The mask of the first `count` lanes, of all if there are fewer.
+template <class Key>
+ROBATTR_INLINE uint32_t first_lanes(int64_t count) {
+  constexpr int kAll = kWidth<Key>;
+  return (1u << (count < kAll ? count : kAll)) - 1;
+}
+
+// One 32-bit value for each lane of a Vector<Key>.
+template <class Key>
+struct CompanionOf {
+  typedef uint32_t type __attribute__((vector_size(kRegister / sizeof(Key) * 4)));
+};
+template <class Key>
+using Companion = typename CompanionOf<Key>::type;
+
 template <class Key>
 ROBATTR_INLINE Vector<Key> load_vector(const Key* p) {
   Vector<Key> v;
@@ -25,13 +40,11 @@ ROBATTR_INLINE Vector<Key> load_vector(const Key* p) {
   return v;
 }
 
+#if ROBATTR_ISA != ROBATTR_ISA_AVX512
 // Bit i is set where lane i of `mask` (0 or -1 in each lane) is.
 template <class Key>
 ROBATTR_INLINE uint32_t mask_bits(Vector<Key> mask) {
-#if ROBATTR_ISA == ROBATTR_ISA_AVX512
-  if constexpr (sizeof(Key) == 4) return _mm512_movepi32_mask((__m512i)mask);
-  return _mm512_movepi64_mask((__m512i)mask);
-#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
+#if ROBATTR_ISA == ROBATTR_ISA_AVX2
   if constexpr (sizeof(Key) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
   return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
 #elif defined(__SSE2__)
@@ -43,15 +56,35 @@ ROBATTR_INLINE uint32_t mask_bits(Vector<Key> mask) {
   return bits;
 #endif
 }
+#endif
 
 template <class Key>
 ROBATTR_INLINE uint32_t greater(Vector<Key> a, Vector<Key> b) {
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
+  if constexpr (sizeof(Key) == 4) return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+  return _mm512_cmpgt_epi64_mask((__m512i)a, (__m512i)b);
+#else
   return mask_bits<Key>(a > b);
+#endif
 }
 
 template <class Key>
 ROBATTR_INLINE uint32_t equals(Vector<Key> a, Vector<Key> b) {
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
+  if constexpr (sizeof(Key) == 4) return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
+  return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b);
+#else
   return mask_bits<Key>(a == b);
+#endif
+}
+
+ROBATTR_INLINE int count_bits(uint32_t mask) {
+#if ROBATTR_ISA == ROBATTR_ISA_BASELINE && defined(__x86_64__)
+  // Without the instruction gcc calls a function; these masks have at most four bits.
+  return 0x4332322132212110 >> (4 * mask) & 15;
+#else
+  return __builtin_popcount(mask);
+#endif
 }
 
 #if ROBATTR_ISA == ROBATTR_ISA_AVX2
@@ -94,22 +127,44 @@ ROBATTR_INLINE int compress(Key* out, Vector<Key> v, uint32_t mask) {
     out += mask >> i & 1;
   }
 #endif
-  return __builtin_popcount(mask);
+  return count_bits(mask);
 }
 
-// The same for 32-bit values that go with the keys: list[0, kWidth<Key>).
 template <class Key>
-ROBATTR_INLINE void compress_list(uint32_t* out, const uint32_t* list, uint32_t mask) {
-#if ROBATTR_ISA != ROBATTR_ISA_BASELINE
+ROBATTR_INLINE Companion<Key> load_companion(const uint32_t* p) {
+  Companion<Key> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// 0, 1, 2, ...
+template <class Key>
+ROBATTR_INLINE Companion<Key> companion_iota() {
+  constexpr uint32_t first[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_companion<Key>(first);
+}
+
+// As compress, for the 32-bit values that go with the keys.
+template <class Key>
+ROBATTR_INLINE void compress_companion(uint32_t* out, Companion<Key> v, uint32_t mask) {
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
   if constexpr (sizeof(Key) == 4) {
-    compress(reinterpret_cast<int32_t*>(out), load_vector(reinterpret_cast<const int32_t*>(list)), mask);
-    return;
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), (__m512i)v));
+  } else {
+    const __m256i packed = _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), (__m256i)v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), packed);
   }
-#endif
-  uint32_t lanes[kWidth<Key>];
-  std::memcpy(lanes, list, sizeof lanes);
+#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
+  if constexpr (sizeof(Key) == 4) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), pack((__m256i)v, mask));
+  } else {
+    const __m128i order = _mm_cvtepu8_epi32(_mm_cvtsi64_si128(kPack.order[mask]));
+    _mm_storeu_ps(reinterpret_cast<float*>(out), _mm_permutevar_ps((__m128)v, order));
+  }
+#else
   for (int i = 0; i < kWidth<Key>; ++i) {
-    *out = lanes[i];
+    *out = v[i];
     out += mask >> i & 1;
   }
+#endif
 }

@@ -61,33 +61,35 @@ static Collected collect(const Key* bits, int64_t n, Key bound, Scratch<Key>& sc
   using V = Vector<Key>;
   Key* keys = scratch.keys.get();
   uint32_t* index = scratch.index.get();
+  constexpr int kPrefetch = 2048;  // bytes ahead
   const V bounds = V{} + bound;
   V nonfinite = {};
-  uint32_t indices[kWidth<Key>];
   int64_t above = 0, equal = 0;
   const auto block = [&](V v, int64_t i, uint32_t lanes) {
     nonfinite |= nonfinite_sign<Key>(v);
     const V key = float_key<Key>(v);
     const uint32_t mask = greater<Key>(key, bounds) & lanes;
-    equal += __builtin_popcount(equals<Key>(key, bounds) & lanes);
+    equal += count_bits(equals<Key>(key, bounds) & lanes);
     if constexpr (kIndex) {
-      for (int lane = 0; lane < kWidth<Key>; ++lane) indices[lane] = static_cast<uint32_t>(i) + lane;
-      compress_list<Key>(index + above, indices, mask);
+      compress_companion<Key>(index + above, companion_iota<Key>() + static_cast<uint32_t>(i), mask);
     }
     above += compress(keys + above, key, mask);
   };
   int64_t i = 0;
-  for (; i + kWidth<Key> <= n; i += kWidth<Key>) block(load_vector(bits + i), i, (1u << kWidth<Key>) - 1);
+  for (; i + kWidth<Key> <= n; i += kWidth<Key>) {
+    __builtin_prefetch(bits + i + kPrefetch / sizeof(Key));
+    block(load_vector(bits + i), i, first_lanes<Key>(kWidth<Key>));
+  }
   if (i < n) {
     V tail = {};
     std::memcpy(&tail, bits + i, (n - i) * sizeof(Key));
-    block(tail, i, (1u << (n - i)) - 1);
+    block(tail, i, first_lanes<Key>(n - i));
   }
   return {above, equal, greater<Key>(V{}, nonfinite) == 0};
 }
 
-// The k-th largest of keys[0, n), 1 <= k <= n: a histogram over their range, then the same within the bin that holds it.
-// keys stay; keys may be read, not written, up to kPadding elements past n.
+// The k-th largest of keys[0, n), 1 <= k <= n: a histogram over their range, then the same within the bin that holds
+// it. keys stay; keys may be read, not written, up to kPadding elements past n.
 template <class Key>
 static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scratch) {
   using UKey = std::make_unsigned_t<Key>;
@@ -141,8 +143,8 @@ static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scra
     int64_t kept = 0;
     for (i = 0; i < n; i += kWidth<Key>) {
       const V v = load_vector(keys + i);
-      const uint32_t lanes = n - i < kWidth<Key> ? (1u << (n - i)) - 1 : (1u << kWidth<Key>) - 1;
-      kept += compress(work + kept, v, greater<Key>(v, bottoms) & ~greater<Key>(v, tops) & lanes);
+      const uint32_t inside = greater<Key>(v, bottoms) & ~greater<Key>(v, tops);
+      kept += compress(work + kept, v, inside & first_lanes<Key>(n - i));
     }
     keys = work;
     n = kept;
@@ -153,8 +155,8 @@ static Key kth_largest(const Key* keys, int64_t n, int64_t k, Scratch<Key>& scra
   return sorted[k - 1];
 }
 
-// A key that the k-th largest of the row reaches in all but a few of 100000 rows; below all keys where a sample cannot
-// tell. One element at a random place in each of kSamples equal parts of the row.
+// A key that the k-th largest of the row reaches in all but a few of 100000 rows; below all keys where a sample
+// cannot tell. One element at a random place in each of kSamples equal parts of the row.
 template <class Key>
 static Key lower_bound_of_kth(const Key* bits, int64_t n, int64_t k, Scratch<Key>& scratch) {
   constexpr int64_t kShortestRow = 8 * kSamples;
@@ -214,19 +216,16 @@ static Support<Key> select_support(const Key* bits, int64_t n, int64_t k_tau, in
 
   using V = Vector<Key>;
   Key cut = kth_largest(keys, c.above, k_tau, scratch) - 1;  // keys above it are selected
-  const auto lanes = [&](int64_t i) {
-    return c.above - i < kWidth<Key> ? (1u << (c.above - i)) - 1 : (1u << kWidth<Key>) - 1;
-  };
   int64_t reach = 0;
   for (int64_t i = 0; i < c.above; i += kWidth<Key>) {
-    reach += __builtin_popcount(greater<Key>(load_vector(keys + i), V{} + cut) & lanes(i));
+    reach += count_bits(greater<Key>(load_vector(keys + i), V{} + cut) & first_lanes<Key>(c.above - i));
   }
   if (reach > k_tau) ++cut;  // not all ties fit
   int64_t size = 0;
   for (int64_t i = 0; i < c.above; i += kWidth<Key>) {
     const V v = load_vector(keys + i);
-    const uint32_t mask = greater<Key>(v, V{} + cut) & lanes(i);
-    compress_list<Key>(index + size, index + i, mask);
+    const uint32_t mask = greater<Key>(v, V{} + cut) & first_lanes<Key>(c.above - i);
+    compress_companion<Key>(index + size, load_companion<Key>(index + i), mask);
     size += compress(keys + size, v, mask);
   }
   return {size, g, true};

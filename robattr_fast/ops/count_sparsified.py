@@ -30,9 +30,9 @@ def count_sparsified_(
         int32 [B]: the number of invalid samples (NaN or inf) of each image, which leave counts unchanged.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is named above. A count that passes 2^31 - 1: one call adds at
-        most q to each, so this takes 2^31 samples; CPU tensors are checked in the call itself, elsewhere the count
-        turns negative, which no certificate accepts.
+        TypeError, ValueError: an argument outside of what is named above.
+        ValueError: a count passes 2^31 - 1. A call adds at most q to each, so this takes 2^31 samples in all. On a CPU
+        the call itself notices; on other devices the count turns negative, which no certificate accepts.
     """
     _check.float_tensor("scores", scores)
     tau, gamma = _check.fractions(tau, gamma)

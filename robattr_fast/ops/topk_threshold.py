@@ -17,8 +17,8 @@ def topk_threshold(scores: torch.Tensor, k: int) -> torch.Tensor:
         k: 1 <= k <= n.
 
     Returns:
-        [...], float32 (float64 for float64 scores); a zero is +0. The gradient goes to the element with the lowest index
-        among those that attain the threshold; differentiable to every order.
+        [...], float32 (float64 for float64 scores); a zero is +0. The gradient goes to the lowest index that
+        attains the threshold; differentiable to every order.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.

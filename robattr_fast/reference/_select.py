@@ -1,4 +1,4 @@
-"""What the selection operators share: how many elements a fraction selects, and the type that scores are compared in."""
+"""What the selection operators share: how many elements a fraction selects, and the type scores are compared in."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ def count_sparsified_(
 ) -> torch.Tensor:
     """counts int32 [B, n, L] += one per sample whose level at the element is l+1; returns invalid int32 [B].
 
-    scores [B, q, n]; the level of an element in a sample is L times its `sparsify(levels=L)`. Level 0 is not counted: it
-    is the number of valid samples less the sum over l. Samples with NaN or inf leave counts alone and count as invalid.
+    scores [B, q, n]; the level of an element in a sample is L times its `sparsify(levels=L)`. Level 0 is not counted:
+    it is the number of valid samples less the sum over l. Samples with NaN or inf are invalid and change no count.
     """
     level, valid = sparsify_levels(scores, tau, gamma, counts.shape[2])
     for index in range(counts.shape[2]):

@@ -1,0 +1,227 @@
+"""Which backend runs, in which order, and what is said about those passed over."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robattr_fast import BackendError, _extension, backends
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def can_run(ok, reason=""):
+    return lambda device, dtype: (ok, reason)
+
+
+def implementation(name, ok=True, reason=""):
+    return backends.Implementation(lambda tensor: name, can_run(ok, reason))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An operator of four backends, each returning its name; no preference in force."""
+    table = {name: implementation(name) for name in backends.NAMES}
+    monkeypatch.setitem(backends._registry, "toy", table)
+    monkeypatch.delenv("ROBATTR_FAST_BACKEND", raising=False)
+    token = backends._preference.set(None)
+    backends._log_once.cache_clear()
+    yield table
+    backends._preference.reset(token)
+
+
+def chosen(device=CPU, operator="toy"):
+    return backends.choose(operator, device, torch.float32)[0]
+
+
+def test_order_of_preference(toy):
+    assert chosen(CPU) == "cpu"
+    assert chosen(CUDA) == "cuda"
+    assert chosen(torch.device("meta")) == "reference"
+    toy["cuda"] = implementation("cuda", False, "no kernel")
+    assert chosen(CUDA) == "triton"
+    toy["triton"] = implementation("triton", False, "no triton")
+    assert chosen(CUDA) == "reference"
+
+
+def test_call_runs_what_was_chosen(toy):
+    assert backends.call("toy", torch.zeros(1)) == "cpu"
+    with backends.use("reference"):
+        assert backends.call("toy", torch.zeros(1)) == "reference"
+
+
+def test_can_run_sees_device_and_dtype(toy):
+    seen = []
+
+    def only_float32(device, dtype):
+        seen.append((device.type, dtype))
+        return dtype == torch.float32, f"takes float32, got {dtype}"
+
+    toy["cpu"] = backends.Implementation(toy["cpu"].call, only_float32)
+    assert backends.choose("toy", CPU, torch.float32)[0] == "cpu"
+    assert backends.choose("toy", CPU, torch.float64)[0] == "reference"
+    assert seen == [("cpu", torch.float32), ("cpu", torch.float64)]
+
+
+def test_use_as_context_manager(toy):
+    with backends.use("reference"):
+        assert chosen() == "reference"
+        with backends.use("triton"):
+            assert chosen() == "triton"
+        assert chosen() == "reference"
+    assert chosen() == "cpu"
+
+
+def test_use_is_undone_after_an_exception(toy):
+    with pytest.raises(KeyError), backends.use("reference"):
+        raise KeyError
+    assert chosen() == "cpu"
+
+
+def test_use_as_function(toy):
+    backends.use("reference")
+    assert chosen() == "reference"
+    backends.use("cpu")
+    assert chosen() == "cpu"
+
+
+def test_use_per_operator(toy, monkeypatch):
+    monkeypatch.setitem(backends._registry, "other", dict(toy))
+    with backends.use(toy="reference"):
+        assert chosen() == "reference"
+        assert chosen(operator="other") == "cpu"
+        with backends.use(other="triton"):
+            assert (chosen(), chosen(operator="other")) == ("reference", "triton")
+        with backends.use("triton"):
+            assert chosen() == "triton"
+    with backends.use("triton", toy="reference"):
+        assert (chosen(), chosen(operator="other")) == ("reference", "triton")
+
+
+def test_use_rejects_unknown_names(toy):
+    with pytest.raises(ValueError, match="backend: got 'gpu', takes one of reference, cpu, triton, cuda"):
+        backends.use("gpu")
+    with pytest.raises(ValueError, match="toy: got 'gpu'"):
+        backends.use(toy="gpu")
+    with pytest.raises(ValueError, match=r"got operator 'toys', takes one of .*toy"):
+        backends.use(toys="cpu")
+    assert chosen() == "cpu"
+
+
+def test_fallback_is_logged_once_with_the_reason(toy, caplog):
+    toy["triton"] = implementation("triton", False, "it takes CUDA tensors")
+    with caplog.at_level(logging.WARNING, "robattr_fast"), backends.use("triton"):
+        assert [chosen() for _ in range(3)] == ["cpu"] * 3
+    assert [record.message for record in caplog.records] == ["toy: backend 'triton' passed over: it takes CUDA tensors"]
+
+
+def test_strict_raises_the_reason(toy):
+    toy["triton"] = implementation("triton", False, "it takes CUDA tensors")
+    del toy["cuda"]
+    with (
+        backends.use("triton", strict=True),
+        pytest.raises(BackendError, match=r"'triton' was demanded .* it takes CUDA"),
+    ):
+        chosen()
+    with backends.use("cuda", strict=True), pytest.raises(BackendError, match="toy has no cuda backend"):
+        chosen()
+
+
+def test_strict_holds_for_what_is_named_only(toy, monkeypatch):
+    monkeypatch.setitem(backends._registry, "other", {"reference": implementation("reference")})
+    with backends.use(toy="triton", strict=True):
+        assert chosen(operator="other") == "reference"
+    with backends.use("triton", strict=True), backends.use(toy="cpu"):
+        assert chosen() == "cpu"
+        with pytest.raises(BackendError):
+            chosen(operator="other")
+    with backends.use("triton", strict=True), backends.use("triton"):
+        assert chosen(operator="other") == "reference"
+
+
+def test_nothing_runs(toy):
+    for name in list(toy):
+        toy[name] = implementation(name, False, "broken")
+    with pytest.raises(BackendError, match=r"toy: no backend runs on device cpu with dtype torch\.float32"):
+        chosen()
+
+
+def test_environment_variable(toy, monkeypatch):
+    monkeypatch.setitem(backends._registry, "other", dict(toy))
+    monkeypatch.setenv("ROBATTR_FAST_BACKEND", "reference")
+    assert chosen() == "reference"
+    with backends.use("triton"):
+        assert chosen() == "triton"
+    monkeypatch.setenv("ROBATTR_FAST_BACKEND", " toy = reference , triton")
+    assert (chosen(), chosen(operator="other")) == ("reference", "triton")
+    for value, message in (("gpu", "ROBATTR_FAST_BACKEND: got 'gpu'"), ("toy=gpu", r"BACKEND \(toy\): got 'gpu'")):
+        monkeypatch.setenv("ROBATTR_FAST_BACKEND", value)
+        with pytest.raises(ValueError, match=message):
+            chosen()
+    monkeypatch.setenv("ROBATTR_FAST_BACKEND", "toys=cpu")
+    with pytest.raises(ValueError, match="ROBATTR_FAST_BACKEND: got operator 'toys'"):
+        chosen()
+
+
+def explanation(operator="toy"):
+    return next(row for row in backends.explain() if (row.operator, row.device) == (operator, "cpu"))
+
+
+def test_explain(toy):
+    toy["triton"] = implementation("triton", False, "it takes CUDA tensors")
+    assert str(explanation()) == "toy on cpu: cpu"
+    with backends.use("triton"):
+        assert str(explanation()) == "toy on cpu: cpu; not triton: it takes CUDA tensors"
+    with backends.use("triton", strict=True):
+        assert explanation().backend == "none"
+    assert {row.operator for row in backends.explain()} == set(backends.operators())
+
+
+def test_every_operator_has_a_reference():
+    for operator in backends.operators():
+        assert "reference" in backends._registry[operator], operator
+
+
+_PROGRAM = """
+import torch, robattr_fast as rf
+print(rf.noisy_samples(torch.zeros(1, 3), 1.0, 1).shape, {row.backend for row in rf.backends.explain()})
+"""
+
+
+def run(**environment):
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_the_extension():
+    result = run(ROBATTR_FAST_DISABLE_EXT="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "torch.Size([1, 1, 3]) {'reference'}"
+    assert result.stderr.count("disabled by ROBATTR_FAST_DISABLE_EXT=1") == 1
+
+
+def test_a_required_extension_is_missing(monkeypatch, tmp_path):
+    monkeypatch.delenv("ROBATTR_FAST_DISABLE_EXT", raising=False)
+    monkeypatch.setattr(_extension.build, "installed_library", lambda: tmp_path / "absent")
+    monkeypatch.setattr(_extension.build, "cached_library", lambda: tmp_path / "absent")
+    load = _extension.load.__wrapped__
+    monkeypatch.setenv("ROBATTR_FAST_REQUIRE_EXT", "0")
+    assert load() == (False, "the extension is not built (python -m robattr_fast.build compiles it)")
+    monkeypatch.setenv("ROBATTR_FAST_REQUIRE_EXT", "1")
+    with pytest.raises(BackendError, match=r"ROBATTR_FAST_REQUIRE_EXT=1, but the extension is not built"):
+        load()
+
+
+def test_an_extension_that_does_not_load(monkeypatch, tmp_path):
+    monkeypatch.delenv("ROBATTR_FAST_DISABLE_EXT", raising=False)
+    monkeypatch.setenv("ROBATTR_FAST_REQUIRE_EXT", "0")
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_extension.build, "installed_library", lambda: tmp_path / "broken.so")
+    monkeypatch.setattr(_extension.build, "cached_library", lambda: tmp_path / "absent")
+    loaded, reason = _extension.load.__wrapped__()
+    assert not loaded
+    assert f"{tmp_path / 'broken.so'} does not load" in reason
