@@ -35,7 +35,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Preferred backend for all operators (``default``) or one (``operators``); ``strict`` forbids the next best."""
+    """Preferred backend of all operators (``default``) or of one (``operators``); ``strict`` forbids the next best."""
 
     default: str | None = None
     operators: dict[str, str] = field(default_factory=dict)
@@ -65,13 +65,20 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
+def _known(operator: str, caller: str) -> str:
+    if operator not in _registry:
+        raise ValueError(f"{caller} got operator {operator!r}, takes one of {', '.join(sorted(_registry))}")
+    return operator
+
+
 @functools.lru_cache(maxsize=8)
 def _parse(value: str) -> Preference:
     default, per_operator = None, {}
     for entry in filter(None, (part.strip() for part in value.split(","))):
         operator, equals, name = entry.partition("=")
         if equals:
-            per_operator[operator.strip()] = _checked(name.strip(), f"ROBATTR_FAST_BACKEND ({operator.strip()})")
+            operator = _known(operator.strip(), "ROBATTR_FAST_BACKEND:")
+            per_operator[operator] = _checked(name.strip(), f"ROBATTR_FAST_BACKEND ({operator})")
         else:
             default = _checked(entry, "ROBATTR_FAST_BACKEND")
     return Preference(default, per_operator)
@@ -86,19 +93,21 @@ class use:
     """Prefer a backend: ``with use("triton"): ...``, ``use("cpu", strict=True)``, ``use(noisy_samples="reference")``.
 
     Takes effect at once, like `torch.set_grad_enabled`; as a context manager it is undone at the end. An operator that
-    lacks the backend takes the next one and logs the reason once; with ``strict`` it raises `BackendError`.
+    lacks the backend takes the next one and logs the reason once; with ``strict`` it raises `BackendError`. Named
+    operators alone are added to the preference in force, strictness included.
     """
 
     def __init__(self, backend: str | None = None, *, strict: bool = False, **operators: str) -> None:
         if backend is not None:
             _checked(backend, "backend")
         for operator, name in operators.items():
-            if operator not in _registry:
-                raise ValueError(f"use() got operator {operator!r}, takes one of {', '.join(sorted(_registry))}")
-            _checked(name, operator)
-        outer = preference()
-        merged = {} if backend is not None else dict(outer.operators)
-        self._token = _preference.set(Preference(backend or outer.default, merged | operators, strict))
+            _checked(name, _known(operator, "use()"))
+        if backend is None:
+            outer = preference()
+            chosen = Preference(outer.default, outer.operators | operators, strict or outer.strict)
+        else:
+            chosen = Preference(backend, operators, strict)
+        self._token = _preference.set(chosen)
 
     def __enter__(self) -> use:
         return self
@@ -125,9 +134,13 @@ def _candidates(operator: str, device: torch.device, dtype: torch.dtype):
         yield name, implementation if ok else None, reason
 
 
+def _is_strict(operator: str) -> bool:
+    return preference().strict and preference().backend(operator) is not None
+
+
 def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
     """Name and function of the backend that runs ``operator`` on this device and dtype."""
-    strict = preference().strict and preference().backend(operator)
+    strict = _is_strict(operator)
     for name, implementation, reason in _candidates(operator, device, dtype):
         if implementation is not None:
             return name, implementation.call
@@ -144,7 +157,7 @@ def call(operator: str, tensor: torch.Tensor, *args, **kwargs):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that would run one operator on one device, and why each earlier candidate would not."""
+    """The backend that would run one operator on one device ("none": a call raises), and why no earlier one would."""
 
     operator: str
     device: str
@@ -168,5 +181,7 @@ def explain(dtype: torch.dtype = torch.float32) -> list[Explanation]:
                     chosen = name
                     break
                 passed_over[name] = reason
+                if _is_strict(operator):
+                    break
             rows.append(Explanation(operator, device, chosen, passed_over))
     return rows

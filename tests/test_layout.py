@@ -71,16 +71,13 @@ def names(folder: Path, pattern: str) -> set[str]:
     return {p.name.split(".")[0] for p in folder.glob(pattern)} - {"__init__"}
 
 
-# How packed levels lie in memory: what operators read and write, not an operator.
-FORMATS = {"pack_levels"}
-
 
 def test_one_basename_per_operator():
     operators = {schema.split("(")[0].rstrip("_") for schema in _schema._PUBLIC}
     files = {name for name in names(PACKAGE / "ops", "*.py") if not name.startswith("_")}
     assert operators == files
     references = {name for name in names(PACKAGE / "reference", "*.py") if not name.startswith("_")}
-    assert references - FORMATS == operators
+    assert references == operators
     assert operators <= {name.removeprefix("test_") for name in names(ROOT / "tests", "test_*.py")}
     shared = {"isa"}
     assert names(ROOT / "csrc" / "cpu", "*.cpp") - shared <= operators

@@ -52,7 +52,7 @@ def noisy_samples(
     if channels_last and x.dim() != 4:
         raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
     if image_ids is not None and (image_ids.dtype != torch.int64 or image_ids.shape != x.shape[:1]):
-        raise ValueError(f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 ({x.shape[0]},)")
+        raise ValueError(f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 {tuple(x.shape[:1])}")
     if sample_offset is not None and (sample_offset.dtype != torch.int64 or sample_offset.shape != (1,)):
         raise ValueError(
             f"sample_offset: got {sample_offset.dtype} {tuple(sample_offset.shape)}, takes int64 (1,) on x's device"

@@ -63,8 +63,8 @@ def box_muller(radius_word: torch.Tensor, phase_word: torch.Tensor) -> tuple[tor
     exponent = (bits - _SQRT_HALF_BITS) >> 23
     t = (bits - (exponent << 23)).view(torch.float32) - 1.0
     minus_two_log = (31 - exponent).to(torch.float32) * _TWO_LN2 + t * (t * (t * _horner(t, _LOG) + 1.0) - 2.0)
-    # float32 torch.sqrt is not always correctly rounded (MKL); through float64 it is: the root of a 24-bit number lies
-    # further from any rounding boundary than a float64 error reaches.
+    # float32 torch.sqrt is not always correctly rounded (MKL); through float64 it is: the square root of a 24-bit
+    # number lies further from any rounding boundary than a float64 error reaches.
     radius = torch.sqrt(minus_two_log.double()).to(torch.float32)
 
     quadrant = phase_word >> 30
@@ -103,7 +103,7 @@ def noisy_samples(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """x [B, *S] -> [B, num_samples, *S]: x[b] + sigma * z(seed, image_ids[b], first_sample + j) for j < num_samples.
+    """x [B, *S] -> [B, num_samples, *S]: sample j of image b is x[b] + sigma * z(seed, image_ids[b], first_sample+j).
 
     float64 output is x + sigma * double(z) in double. Every other output type is computed in float32 with sigma rounded
     to float32, product and sum rounded separately, and rounded once more to the output type.
