@@ -1,8 +1,8 @@
 // Natural logarithm and exponential in float64 with proved errors, in units of u = 2^-53. Every operation is one IEEE
 // operation, so that the bits do not depend on the vector width.
 //
-// No include guard, as philox.h; needs `f64`, `u64` (double and uint64_t, or vectors of equally many) and ROBATTR_INLINE,
-// and must be compiled without contraction.
+// No include guard, as philox.h; needs `f64`, `u64` (double and uint64_t, or vectors of equally many) and
+// ROBATTR_INLINE, and must be compiled without contraction.
 
 // ln x and 1/x for positive normal x. Relative error of the logarithm: at most 20 u; of the reciprocal: 5 u.
 //

@@ -13,11 +13,11 @@ constexpr int kMaxLevels = 15;
 // Shares are evaluated so many at a time.
 constexpr int kBlock = 8;
 // Shares whose log wealth falls short of the best by this much are left out.
-constexpr double kNegligible = 40;
+constexpr double kNegligible = 32;
 // Bounds below 1e-280 are returned as 0: ln of it.
 constexpr double kLogTiny = -644.72382603833279;
-// What the last step may lose, in nats and relative to the bound.
-constexpr double kTolerance = 1e-10;
+// What the last step may lose: of ln W, and of the bound, relatively.
+constexpr double kLostWealth = 4e-9, kLostBound = 3e-10;
 constexpr int kHalleySteps = 12, kMaxSteps = 100;
 constexpr int64_t kRowsPerTask = 64;
 

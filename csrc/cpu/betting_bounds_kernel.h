@@ -1,8 +1,8 @@
 // Lower bounds of rows of level counts. Compiled once per instruction set (foreach_isa.h); lanes are shares, and sums
 // over shares are formed in the same order whatever the width.
 //
-// f(x) = ln W(exp x) is convex and falls. A tangent therefore never lies above f: a Newton step from any point ends at or
-// below the root of f = target, and needs no check there. Iterates approach the root by Halley's rule until the last
+// f(x) = ln W(exp x) is convex and falls. A tangent therefore never lies above f: a Newton step from any point ends at
+// or below the root of f = target, and needs no check there. Iterates approach the root by Halley's rule until the last
 // Newton step loses less than the tolerance.
 
 #if ROBATTR_ISA == ROBATTR_ISA_AVX512
@@ -154,7 +154,7 @@ static double guess(const Grid& grid, const Row& row) {
 // its logarithm by 20 u more, product and sum by L + 2. |ln growth| is at most ln 1/(1 - b) or, above level 0, ln 1/m.
 // The last 10 u per sample pay for the rounding of the result, m exp(step): ln W moves by at most `above` per unit
 // of ln m. Then the mean over shares: at most 31/e u from the rounding of exponents, 4 from exp, 31 from the sum,
-// 70 from its logarithm, and a few times |ln W|.
+// 140 from its logarithm and that of their number, and a few times |ln W|.
 ROBATTR_INLINE double rounding_error(const Grid& grid, const Row& row, double log_mean) {
   const double largest_log = -grid.log_rest[kShares - 1];
   const double size = largest_log * row.total + std::max(-log_mean - largest_log, 0.0) * row.above;
@@ -174,7 +174,7 @@ static double lower_bound_of(const Grid& grid, const Row& row) {
     const double excess = wealth.log - grid.target - 2 * rounding;
     const double newton = -excess / wealth.slope;
     const double lost = 0.5 * wealth.curvature * newton * newton;
-    if (lost <= std::max(rounding, kTolerance * std::min(1.0, -wealth.slope))) return m * exp_of(newton);
+    if (lost <= std::max(rounding, std::min(kLostWealth, kLostBound * -wealth.slope))) return m * exp_of(newton);
     // Newton's rule alone never fails, so it has the last word.
     const double bend = step < kHalleySteps ? 0.5 * wealth.curvature * newton / -wealth.slope : 0.0;
     x = std::max(x + newton / (1 - std::min(bend, 0.5)), start);
@@ -182,7 +182,7 @@ static double lower_bound_of(const Grid& grid, const Row& row) {
   return exp_of(start - 4 * rounding_error(grid, row, start) / row.above);
 }
 
-// Row of `levels` counts in rising order of levels, and of those at level 0, as `mirrored` looks at them.
+// The lower bound of a row, or of one minus it (`mirrored`). zeros: its samples at level 0.
 static double bound_of(const Grid& grid, const int32_t* counts, int levels, int64_t zeros, bool mirrored) {
   Row row;
   row.levels = levels;

@@ -42,19 +42,24 @@ def _empty_result(counts):
 
 
 def _run(counts, samples, delta):
-    return backends.call("betting_bounds", counts, samples, delta)
-
-
-def _run_cpu(counts, samples, delta):
     counts_at_zero(counts, samples)
     lower, upper = _empty_result(counts)
-    torch.ops.robattr_fast_C.betting_bounds(
-        lower, upper, counts.contiguous(), samples.contiguous(), betting_shares(), -math.log(delta)
-    )
+    backends.call("betting_bounds", counts, lower, upper, samples, delta)
     return lower, upper
 
 
-backends.register("betting_bounds", "reference", _reference, _extension.can_run_anywhere)
+def _run_reference(counts, lower, upper, samples, delta):
+    for out, bound in zip((lower, upper), _reference(counts, samples, delta), strict=True):
+        out.copy_(bound)
+
+
+def _run_cpu(counts, lower, upper, samples, delta):
+    torch.ops.robattr_fast_C.betting_bounds(
+        lower, upper, counts.contiguous(), samples.contiguous(), betting_shares(), -math.log(delta)
+    )
+
+
+backends.register("betting_bounds", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("betting_bounds", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("betting_bounds", _run, "CPU")
 _schema.PUBLIC.impl("betting_bounds", _run, "CUDA")
