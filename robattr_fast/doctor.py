@@ -1,7 +1,8 @@
 """What this installation is made of, and whether its operators compute what they should.
 
 `examine` is the whole report. A self-check runs the chosen backend of one operator on small cases: against results that
-are known beforehand, and against the reference, bit for bit (but for bounds, which each backend rounds outwards itself).
+are known beforehand, and against the reference: bit for bit, save for bounds, which every backend rounds outwards in
+its own way.
 """
 
 from __future__ import annotations
