@@ -1,19 +1,36 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
 from robattr_fast import backends, reference
-from robattr_fast.errors import BackendError, CertificateFileError, MergeError, ModelError, NonFiniteError
-from robattr_fast.ops import count_sparsified_, noisy_samples, sparsify, topk_threshold
+from robattr_fast.certify import Certificate, Progress, StopWhen, certify, overlap
+from robattr_fast.errors import (
+    BackendError,
+    CertificateFileError,
+    CertifyInterrupted,
+    MergeError,
+    ModelError,
+    NonFiniteError,
+)
+from robattr_fast.ops import count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
     "BackendError",
+    "Certificate",
     "CertificateFileError",
+    "CertifyInterrupted",
     "MergeError",
     "ModelError",
     "NonFiniteError",
+    "Progress",
+    "StopWhen",
     "backends",
+    "certify",
     "count_sparsified_",
     "noisy_samples",
+    "overlap",
+    "packed_gram",
     "reference",
+    "smoothgrad",
     "sparsify",
     "topk_threshold",
 ]

@@ -1,5 +1,7 @@
 """Errors of the package. Wrong values raise ValueError and wrong types TypeError; what stands here is neither."""
 
+from typing import Any
+
 
 class BackendError(RuntimeError):
     """A backend that was demanded (``strict=True``, or a required extension) cannot run the operator."""
@@ -19,3 +21,11 @@ class MergeError(RuntimeError):
 
 class CertificateFileError(RuntimeError):
     """A certificate file is damaged, or its contents contradict each other."""
+
+
+class CertifyInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `certify`; ``certificate`` holds everything sampled until then and is valid as it is."""
+
+    def __init__(self, certificate: Any) -> None:
+        super().__init__("certify was interrupted; its partial certificate is in .certificate")
+        self.certificate = certificate

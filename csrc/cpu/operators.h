@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 namespace robattr_fast {
@@ -44,6 +45,10 @@ void dispatch_float(ScalarType type, const F& f) {
 
 // out [B, q, *S] (contiguous, or channels-last per sample) = x [B, *S] (contiguous) + noise; image_ids int64 [B].
 void noisy_samples(Tensor out, Tensor x, double sigma, int64_t seed, int64_t first_sample, Tensor image_ids);
+
+// out int64 [m, m2] = inner products of packed rows [m, bytes] and other [m2, bytes], rows ANDed with mask [bytes].
+// symmetric: other is rows, and half of the products are mirrored.
+void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> mask, int64_t num_levels, bool symmetric);
 
 // out [rows], float or double, contiguous; scores [rows, n] of any strides.
 void topk_threshold(Tensor out, Tensor scores, int64_t k);

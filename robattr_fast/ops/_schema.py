@@ -12,6 +12,7 @@ from torch.library import Library
 _PUBLIC = (
     "noisy_samples(Tensor x, float sigma, SymInt num_samples, int seed, SymInt first_sample, Tensor? image_ids, "
     "Tensor? sample_offset, ScalarType? dtype, bool channels_last) -> Tensor",
+    "packed_gram(Tensor rows, int num_levels, Tensor? other, Tensor? mask) -> Tensor",
     "topk_threshold(Tensor scores, SymInt k) -> Tensor",
     "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",
     "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma) -> Tensor",
@@ -19,6 +20,7 @@ _PUBLIC = (
 
 _KERNELS = (
     "noisy_samples(Tensor(a!) out, Tensor x, float sigma, int seed, int first_sample, Tensor image_ids) -> ()",
+    "packed_gram(Tensor(a!) out, Tensor rows, Tensor other, Tensor? mask, int num_levels, bool symmetric) -> ()",
     "topk_threshold(Tensor(a!) out, Tensor scores, int k) -> ()",
     "sparsify(Tensor(a!) out, Tensor scores, int k_tau, int k_gamma, int levels) -> ()",
     "count_sparsified_(Tensor(a!) counts, Tensor(b!) invalid, Tensor scores, int k_tau, int k_gamma) -> bool",

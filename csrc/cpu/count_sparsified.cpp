@@ -15,7 +15,7 @@ constexpr int64_t kCountersPerTask = 1 << 15;
 }  // namespace
 }  // namespace robattr_fast
 
-#define ROBATTR_KERNEL "cpu/count_sparsified__kernel.h"
+#define ROBATTR_KERNEL "cpu/count_sparsified_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace robattr_fast {

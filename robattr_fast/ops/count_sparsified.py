@@ -7,7 +7,7 @@ import torch
 from robattr_fast import _extension, backends
 from robattr_fast.ops import _check, _schema
 from robattr_fast.reference._select import selected
-from robattr_fast.reference.count_sparsified_ import count_sparsified_ as _reference
+from robattr_fast.reference.count_sparsified import count_sparsified_ as _reference
 
 _MAX_COUNT = 2**31 - 1
 

@@ -1,0 +1,101 @@
+"""x + sigma * z for many samples; definition: robattr_fast/reference/noisy_samples.py.
+
+One program makes BLOCKS Philox blocks of one sample of one image: four normals each, at elements
+tile * 64 + word * 16 + lane for block = tile * 16 + lane. Sixteen neighbouring lanes store 64 bytes (float32) at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from robattr_fast.kernels._stream import box_muller, philox4x32
+
+
+@triton.jit
+def _store(x_row, out_row, e, z, n, plane, channels, sigma, CHANNELS_LAST: tl.constexpr, DOUBLE: tl.constexpr):
+    """out[e] = x[e] + sigma * z, in float64 where the output is, else in float32 and rounded once more."""
+    inside = e < n
+    x = tl.load(x_row + e, mask=inside, other=0.0)
+    if DOUBLE:
+        value = x.to(tl.float64) + sigma * z.to(tl.float64)
+    else:
+        value = x.to(tl.float32) + sigma.to(tl.float32) * z
+    if CHANNELS_LAST:
+        e = (e % plane) * channels + e // plane
+    if out_row.dtype.element_ty == tl.bfloat16:
+        # Round to nearest even by hand, three instructions: the interpreter's conversion truncates.
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(out_row + e, rounded, mask=inside)
+    else:
+        tl.store(out_row + e, value.to(out_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _noisy_samples(
+    x,  # [B, n]
+    out,  # [B, q, n], or [B, q, plane, channels] where CHANNELS_LAST
+    image_ids,  # int64 [B]
+    sigma: tl.float64,
+    seed_low,
+    seed_high,
+    first_sample,
+    num_samples,
+    n,
+    plane,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    image = tl.program_id(1) // num_samples
+    sample = tl.program_id(1) % num_samples
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    image_id = tl.load(image_ids + image).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(
+        block.to(tl.uint32),
+        (first_sample + sample).to(tl.uint32),
+        image_id,
+        seed_low.to(tl.uint32),
+        seed_high.to(tl.uint32),
+    )
+    scale = tl.full((1,), sigma, tl.float64)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    x_row = x + image.to(tl.int64) * n
+    out_row = out + tl.program_id(1).to(tl.int64) * n
+    e = (block // 16) * 64 + block % 16
+    _store(x_row, out_row, e, z0, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
+    _store(x_row, out_row, e + 16, z1, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
+    _store(x_row, out_row, e + 32, z2, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
+    _store(x_row, out_row, e + 48, z3, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
+
+
+def noisy_samples(
+    x: torch.Tensor, out: torch.Tensor, sigma: float, seed: int, first_sample: int, image_ids: torch.Tensor
+) -> None:
+    """Fill out [B, q, *S] (contiguous, or channels-last per sample) from x [B, *S]. seed: int64 in two's complement."""
+    x = x.contiguous()
+    batch, num_samples = out.shape[:2]
+    n = x[0].numel()
+    channels_last = not out.is_contiguous()
+    channels = out.shape[2] if channels_last else 1
+    blocks = 256
+    grid = (triton.cdiv(triton.cdiv(n, 64) * 16, blocks), batch * num_samples)
+    _noisy_samples[grid](
+        x,
+        out,
+        image_ids,
+        sigma,
+        seed & 0xFFFFFFFF,
+        (seed >> 32) & 0xFFFFFFFF,
+        first_sample,
+        num_samples,
+        n,
+        n // channels,
+        channels,
+        CHANNELS_LAST=channels_last,
+        DOUBLE=out.dtype == torch.float64,
+        BLOCKS=blocks,
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,5 @@
+"""``python -m robattr_fast``: the command line."""
+
+from robattr_fast.cli import main
+
+main()

@@ -1,0 +1,268 @@
+"""What counts and a Gram matrix prove about the covariance of a sparsified map (theorem T7; docs/certificates-t7.md).
+
+Symbols: h_1..h_q are independent samples of a map in [0,1]^n with at most ``k_tau`` nonzero elements, p their mean,
+Sigma their covariance, lambda its largest eigenvalue, F its Frobenius norm, B^2 a sure bound on ||h - p||^2.
+Every bound returned is rounded outward.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+FIRST_LOOK = 512
+#: How alpha is split between the three events of T7, before sampling.
+ERROR_SHARE, SPECTRAL_SHARE, FROBENIUS_SHARE = 0.5, 0.3, 0.2
+#: The share of each event that the planned last look keeps; the earlier looks divide the rest equally.
+LAST_LOOK_SHARE = 0.75
+# Below, all eigenvalues cost less than a few of them.
+_LANCZOS_SIZE = 512
+# The bet of lemma 4, as a share of the largest possible one. Between .8 and .9 lambda_u changes by 2 % at most.
+_BET = 0.85
+# Relative: floating-point noise of the formulas below is some 1e-13.
+_OUTWARD = 1e-9
+
+
+def look_schedule(planned: int) -> dict[int, float]:
+    """The looks of a run of ``planned`` samples with the share of an event's alpha that each consumes.
+
+    512 * 2^j below ``planned``, and ``planned`` itself: it has 3/4, the others share 1/4 equally; alone it has all.
+    A look that is skipped consumes its share all the same.
+    """
+    if planned < 2:
+        raise ValueError(f"planned must be at least 2 samples, got {planned}")
+    early = []
+    look = FIRST_LOOK
+    while look < planned:
+        early.append(look)
+        look *= 2
+    if not early:
+        return {planned: 1.0}
+    return dict.fromkeys(early, (1 - LAST_LOOK_SHARE) / len(early)) | {planned: LAST_LOOK_SHARE}
+
+
+def mean_map(counts: Tensor, samples: int) -> Tensor:
+    """p^: counts int ``[n, L]`` of the levels 1..L in ``samples`` samples -> float64 ``[n]``."""
+    levels = torch.arange(1, counts.shape[1] + 1, dtype=torch.int64)
+    return (counts.to(torch.int64) * levels).sum(1).to(torch.float64) / (counts.shape[1] * samples)
+
+
+def trace_estimate(counts: Tensor, samples: int) -> float:
+    """The unbiased estimate of trace(Sigma) that counts alone give: sum_t ||h_t - p^||^2 / (q-1).
+
+    counts: int ``[n, L]``, how often each of the levels 1..L was met in ``samples`` samples. Exact integers up to the
+    last division.
+    """
+    if counts.dim() != 2 or counts.shape[1] < 1:
+        raise ValueError(f"counts must have shape [n, L], got {list(counts.shape)}")
+    if not 2 <= samples < 2**31:
+        raise ValueError(f"samples must be between 2 and 2^31 - 1, got {samples}")
+    num_levels = counts.shape[1]
+    levels = torch.arange(1, num_levels + 1, dtype=torch.int64)
+    wide = counts.to(torch.int64)
+    first = (wide * levels).sum(1)
+    second = int((wide * levels**2).sum())
+    # first <= 15 * 2^31 < 2^35: squared in two limbs, so that no sum passes 2^63.
+    high, low = first >> 18, first & (2**18 - 1)
+    squares = (int((high * high).sum()) << 36) + (int((high * low).sum()) << 19) + int((low * low).sum())
+    return (samples * second - squares) / (num_levels**2 * samples * (samples - 1))
+
+
+@dataclass(frozen=True)
+class GramSummary:
+    """All that T7 needs from the retained samples, seven numbers per look. h is in units of 1, not of levels.
+
+    rows: m, the samples in the Gram matrix. norm2: ||mean||^2 of theirs. eigenvalue: the largest of the centred Gram
+    matrix over m, that is of the empirical covariance. fourth: the same of its squared entries, at least the fourth
+    moment of the centred samples along any direction. For the first floor(m/2) samples, of mean a and empirical
+    covariance Sigma_A: half_eigenvalue: the largest eigenvalue of Sigma_A; half_norm2: ||a||^2; half_mean: mean over
+    the other samples of (h - a)' Sigma_A (h - a). All rounded up.
+    """
+
+    rows: int
+    norm2: float
+    eigenvalue: float
+    fourth: float
+    half_eigenvalue: float
+    half_norm2: float
+    half_mean: float
+
+    def to_array(self) -> np.ndarray:
+        """float64 ``[7]``, in the order of the fields."""
+        return np.array([getattr(self, field.name) for field in fields(self)], dtype=np.float64)
+
+    @classmethod
+    def from_array(cls, values: np.ndarray) -> "GramSummary":
+        """The inverse of :meth:`to_array`; ValueError for values that no Gram matrix gives."""
+        numbers = np.asarray(values, dtype=np.float64)
+        if numbers.shape != (7,) or not np.isfinite(numbers).all() or (numbers < 0).any() or numbers[0] % 1:
+            raise ValueError(f"values must be seven finite numbers >= 0, the first an integer, got {numbers}")
+        return cls(int(numbers[0]), *(float(number) for number in numbers[1:]))
+
+
+def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
+    """The numbers of T7 from the Gram matrix int64 ``[m, m]``, m >= 4, of the levels of m samples."""
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] < 4:
+        raise ValueError(f"gram must have shape [m, m] with m >= 4, got {list(gram.shape)}")
+    if gram.dtype != torch.int64:
+        raise TypeError(f"gram must be int64, got {gram.dtype}")
+    rows = gram.shape[0]
+    half = rows // 2
+    inner = gram.to(torch.float64).div_(num_levels**2)
+    to_half = inner[:, :half].mean(1)
+    about_half = inner[:, :half] - to_half[:, None] - to_half[None, :half] + to_half[:half].mean()
+    to_mean = inner.mean(1)
+    norm2 = float(to_mean.mean())
+    # Rounding moves an entry by less than this, hence an eigenvalue by less than the size of the matrix times it.
+    entry_error = 16 * float(inner.diagonal().max()) * torch.finfo(torch.float64).eps
+    inner.sub_(to_mean[:, None]).sub_(to_mean[None, :]).add_(norm2)
+    return GramSummary(
+        rows=rows,
+        norm2=norm2 * (1 + _OUTWARD),
+        eigenvalue=largest_eigenvalue(inner) / rows + entry_error,
+        fourth=largest_eigenvalue(inner.abs().add_(entry_error).square_()) / rows,
+        half_eigenvalue=largest_eigenvalue(about_half[:half]) / half + entry_error,
+        half_norm2=float(to_half[:half].mean()) * (1 + _OUTWARD),
+        half_mean=float((about_half[half:].abs() + entry_error).square().mean(1).mean()) * (1 + _OUTWARD),
+    )
+
+
+def largest_eigenvalue(matrix: Tensor) -> float:
+    """An upper bound, tight to about 1e-6, on the eigenvalues of a symmetric float64 matrix; not below 0.
+
+    Where the matrix is large, Lanczos finds a candidate mu and a Cholesky factor of mu I - matrix proves it (Rump,
+    Verification of positive definiteness, BIT 2006): if the factorisation runs through, no eigenvalue of its argument
+    lies below -eps (m + 2) trace. A candidate that fails is raised until it passes.
+    """
+    size = matrix.shape[0]
+    scale = float(matrix.diagonal().abs().max())
+    rounding = 4 * (size + 2) * torch.finfo(torch.float64).eps
+    if size < _LANCZOS_SIZE or scale == 0:
+        top = float(torch.linalg.eigvalsh(matrix)[-1])
+        return max(top, 0.0) * (1 + rounding)
+    start = np.random.default_rng(0).standard_normal(size)
+    top = float(eigsh(matrix.numpy(), k=1, which="LA", v0=start, tol=1e-8, return_eigenvectors=False)[0])
+    step = 1e-7
+    while True:
+        candidate = max(top, 1e-12 * scale) * (1 + step)
+        shifted = -matrix
+        shifted.diagonal().add_(candidate)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return candidate + rounding * size * (candidate + scale)
+        step *= 4
+
+
+def bernoulli_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Relative entropy of Bernoulli(p) to Bernoulli(q), elementwise, 0 <= p <= 1, 0 < q < 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ones = np.where(p > 0, p * np.log(p / q), 0.0)
+        zeros = np.where(p < 1, (1 - p) * (np.log1p(-p) - np.log1p(-q)), 0.0)
+    return ones + zeros
+
+
+def largest_root(excluded: Callable[[np.ndarray, np.ndarray], np.ndarray], low: float, high: float) -> float:
+    """An upper bound, tight to 1e-9, on every x in [0, high] that is not excluded.
+
+    excluded(a, b) -> bool: True only if no x of the cell [a, b] is admissible. Cells are searched from the top on
+    finer and finer grids, so a gap below the largest admissible x does not mislead. ``low`` > 0: below it no search.
+    """
+    if not high > low > 0:
+        return high
+    for _ in range(8):
+        edges = np.geomspace(low, high, 129)
+        edges[0], edges[-1] = low, high
+        admissible = np.flatnonzero(~excluded(edges[:-1], edges[1:]))
+        if len(admissible) == 0:
+            return low * (1 + _OUTWARD)
+        cell = int(admissible[-1])
+        low, high = float(edges[cell]), float(edges[cell + 1])
+        if high <= low * (1 + _OUTWARD):
+            break
+    return high * (1 + _OUTWARD)
+
+
+def mean_bound(
+    observed: Callable[[np.ndarray], np.ndarray], ceiling: float, samples: int, log_inverse: float, high: float
+) -> float:
+    """Upper confidence bound x <= ``high`` on the mean of independent samples in [0, ceiling], rounded outward.
+
+    The largest x with samples * kl(observed(x)/ceiling, x/ceiling) <= log_inverse, or with observed(x) >= x. The
+    average of the samples is known only to be at most ``observed(x)``, which must not fall in x.
+    """
+
+    def excluded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        # On [a, b] the average is at most observed(b) and the mean at least a.
+        average, mean = observed(b) / ceiling, a / ceiling
+        candidate = (average < mean) & (mean < 1)
+        result = np.zeros(a.shape, dtype=bool)
+        result[candidate] = samples * bernoulli_kl(average[candidate], mean[candidate]) > log_inverse
+        return result
+
+    if not ceiling > 0:
+        return 0.0
+    return largest_root(excluded, high * 1e-12, high)
+
+
+def spectral_bound(
+    eigenvalue: float, fourth: float, rows: int, sure: float, k_tau: int, delta: float, shift: float = 0.0
+) -> float:
+    """lambda_u >= lambda with probability >= 1 - delta (lemma 4).
+
+    eigenvalue, fourth: those of :class:`GramSummary`, from ``rows`` samples. sure: B^2. shift: how far, along any
+    direction, the centre of the samples may lie from their mean (invalid samples). Nine tenths of delta pay for the
+    variance along the fixed, unknown, top direction, one tenth for centring it.
+    """
+    log_inverse = math.log(1 / (0.9 * delta))
+    log_centre = math.log(2 / (0.1 * delta))
+    remainder = (-math.log1p(-_BET) - _BET) * sure / k_tau
+
+    def excluded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        centre = np.sqrt(2 * b * log_centre / rows) + math.sqrt(sure) * log_centre / (3 * rows)
+        second = eigenvalue + centre**2
+        fourth_root = fourth**0.25 + centre + shift
+        allowed = log_inverse / rows + (_BET * second + remainder * fourth_root**4 / sure) / sure
+        return -np.log1p(-_BET * a / sure) > allowed
+
+    high = min(sure, k_tau)
+    return largest_root(excluded, high * 1e-12, high)
+
+
+def frobenius_bound(summary: GramSummary, spectral: float, sure: float, k_tau: int, delta: float) -> float:
+    """F_u >= F with probability >= 1 - delta, where ``spectral`` >= lambda and ``sure`` = B^2 (lemma 5)."""
+    first = summary.rows // 2
+    second = summary.rows - first
+    log_inverse = math.log(1 / (0.4 * delta))
+    sure_half = summary.half_eigenvalue * (k_tau + summary.half_norm2)
+    crossed = mean_bound(
+        lambda x: np.full_like(x, summary.half_mean), sure_half, second, log_inverse, sure_half
+    )  # >= trace(Sigma Sigma_A)
+
+    def observed(x: np.ndarray) -> np.ndarray:
+        centre = spectral * sure * x / first**3 + (x**2 + 2 * spectral**2 * x) / first**2
+        return crossed + np.sqrt(centre / (0.2 * delta))
+
+    return math.sqrt(mean_bound(observed, spectral * sure, first, log_inverse, spectral * min(sure, k_tau)))
+
+
+def error_bound(trace: float, samples: int, frobenius: float, spectral: float, sure: float, delta: float) -> float:
+    """e_q >= ||p^ - p|| with probability >= 1 - delta (lemma 3), for one q = ``samples`` fixed in advance.
+
+    trace: :func:`trace_estimate` of the same samples. The smaller of Cantelli's bound, from the variance of
+    N = sum over s != t of D_s . D_t, and Markov's, from its fourth moment.
+    """
+    q = samples
+    variance = 2.0 * q * (q - 1) * frobenius**2
+    spectral = min(spectral, frobenius)
+    pairs = q * (q - 1) / 2
+    fourth = 16 * (
+        3 * pairs * (q - 2) * (q - 3) / 2 * frobenius**4
+        + 3.0 * q * (q - 1) * (q - 2) * (q - 3) * (spectral * frobenius) ** 2
+        + 9.0 * q * (q - 1) * (q - 2) * spectral * sure * frobenius**2
+        + pairs * (sure * frobenius) ** 2
+    )
+    deviation = min(math.sqrt(variance * (1 / delta - 1)), (fourth / delta) ** 0.25)
+    return math.sqrt(max(trace / q + deviation / (q * (q - 1)), 0.0)) * (1 + _OUTWARD)

@@ -1,0 +1,283 @@
+"""`certify`: the loop that turns noisy samples into counts, and the counts into a `Certificate`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import nn
+
+from robattr_fast import backends
+from robattr_fast import model as _model
+from robattr_fast.certify.bounds import check_bound
+from robattr_fast.certify.certificate import Certificate
+from robattr_fast.certify.interrupt import DeferredInterrupt
+from robattr_fast.certify.settings import NONFINITE, Settings
+from robattr_fast.certify.state import State
+from robattr_fast.errors import CertifyInterrupted
+from robattr_fast.ops import _check
+from robattr_fast.reference.noisy_samples import STREAM_VERSION
+from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
+
+_REPORT_SECONDS = 0.5
+_CHECKPOINT_SECONDS = 60.0
+# Looks for a stop grow geometrically: they cost a fixed small share of the run, and a resumed run looks at the same q.
+_FIRST_LOOK, _LOOK_GROWTH = 64, 1.1
+
+
+@dataclass(frozen=True)
+class StopWhen:
+    """End an image's sampling once ``overlap`` (a share of its top-k) is certified at L2 ``radius``."""
+
+    k: int
+    radius: float
+    overlap: float
+
+    def __post_init__(self) -> None:
+        _check.positive("radius", self.radius)
+        if not 0 < self.overlap <= 1:
+            raise ValueError(f"overlap: got {self.overlap}, takes a share in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``.
+
+    ``certificate()`` is that image's certificate so far; asking for it costs time.
+    """
+
+    image: int
+    images: int
+    samples: int
+    total: int
+    certificate: Callable[[], Certificate]
+
+
+@dataclass
+class _Run:
+    """One call of `certify`: what is sampled next, when to look, when to save, when to report."""
+
+    sampler: Sampler
+    state: State
+    first_sample: int
+    samples: int
+    stop: StopWhen | None
+    checkpoint: Path | None
+    progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        self.wanted = [self.samples] * len(self.state.done)
+        for image, done in enumerate(self.state.done):
+            self._look(image, max(0, done - self.sampler.batch_size))
+        self.last_report = self.last_save = time.monotonic()
+
+    def certificate(self, image: int | None = None) -> Certificate:
+        return self.state.certificate(self.first_sample, self.sampler.batch_size, image)
+
+    def finish(self) -> Certificate:
+        """Take all samples that are left."""
+        with DeferredInterrupt() as interrupt:
+            while segments := next_batch(self.state.done, self.wanted, self.first_sample, self.sampler.batch_size):
+                for scored in self.sampler.run(segments):
+                    image = scored.segment.image
+                    before = self.state.done[image]
+                    self.state.add(scored, self.first_sample)
+                    self._look(image, before)
+                self._report(segments[-1].image)
+                self._save()
+                if interrupt.requested:
+                    break
+        certificate = self.certificate()
+        if self.checkpoint is not None:
+            certificate.save(self.checkpoint)
+        if interrupt.requested:
+            raise CertifyInterrupted(certificate)
+        return certificate
+
+    def _look(self, image: int, before: int) -> None:
+        """Stop the image if what is wanted is certified: betting bounds hold at any such time.
+
+        ``before``: samples that it had one batch ago. A look is due where the schedule has one in between.
+        """
+        done = self.state.done[image]
+        if self.stop is None or done < _next_look(before):
+            return
+        share = self.certificate(image).overlap(self.stop.k, self.stop.radius).share
+        if float(share) >= self.stop.overlap:
+            self.wanted[image] = done
+
+    def _report(self, image: int) -> None:
+        done = self.state.done[image]
+        now = time.monotonic()
+        over = done == self.wanted[image]
+        if self.progress is not None and (over or now - self.last_report >= _REPORT_SECONDS):
+            self.last_report = now
+            self.progress(Progress(image, len(self.state.done), done, self.samples, lambda: self.certificate(image)))
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS:
+            self.certificate().save(self.checkpoint)
+            self.last_save = time.monotonic()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _next_look(samples: int) -> int:
+    """The first scheduled look after ``samples`` samples."""
+    look = _FIRST_LOOK
+    while look <= samples:
+        look = int(look * _LOOK_GROWTH) + 1
+    return look
+
+
+def _print_progress(event: Progress) -> None:
+    line = f"image {event.image + 1}/{event.images}: {event.samples}/{event.total} samples"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _resumable(path: Path, wanted: Settings) -> Certificate | None:
+    """The checkpoint at ``path``, if there is one; ValueError if it belongs to another run."""
+    if not path.exists():
+        return None
+    found = Certificate.load(path)
+    moving = ("intervals", "batch_size", "versions", "backends")
+    theirs, ours = found.settings.to_json(), wanted.to_json()
+    differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
+    if differ:
+        raise ValueError(
+            f"checkpoint: {path} holds another run (differs in {', '.join(differ)}); "
+            "takes a new path, or the arguments of that run"
+        )
+    return found
+
+
+def certify(
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    sigma: float,
+    tau: float = 0.1,
+    gamma: float | None = None,
+    levels: int | None = 1,
+    samples: int = 8192,
+    first_sample: int = 0,
+    image_ids: torch.Tensor | Sequence[int] | None = None,
+    target: int | Sequence[int] | torch.Tensor | None = None,
+    explain: str | _model.Explanation = "gradient",
+    channel_sum: bool = False,
+    seed: int = 0,
+    alpha: float = 0.05,
+    bound: str | None = None,
+    slack: int | None = None,
+    stop: StopWhen | None = None,
+    batch_size: int | str = "auto",
+    on_nonfinite: str = "raise",
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool | Callable[[Progress], None] = False,
+) -> Certificate:
+    """Sample the sparsified SmoothGrad map of each image and certify it.
+
+    Args:
+        model: eval-mode module that returns logits [N, classes]; it is explained on a private copy.
+        x: [B, *S] finite float images; sigma and radii are in its units.
+        sigma: standard deviation of the noise.
+        tau, gamma, levels: the map of one sample, see `sparsify`.
+        samples: samples per image, at most 2^31 - 1.
+        first_sample, image_ids, seed: which part of the noise stream, see `noisy_samples`.
+        target: class or classes [B] to explain; None: the largest logit of each noisy sample. A class chosen by looking
+            at x is part of the map: it stays frozen as x moves.
+        explain: "gradient" (|d f_c / d z|), "input_x_gradient" (|z * d f_c / d z|), or a callable
+            (model, batch [N, *S], target [N]) -> scores [N, *S]. It must be a fixed function of the noisy batch: the
+            certificate is void for one that also looks at x.
+        channel_sum: sum the scores over dimension 1 of x before selection; the map then has shape S[1:].
+        alpha: probability that any statement of the certificate is wrong.
+        bound: "betting", "kl", "clopper-pearson" (levels=1) or "hoeffding"; default betting, or kl for levels=None.
+        slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
+        stop: end an image's sampling early, once this is certified; takes bound="betting".
+        batch_size: rows per forward pass, or "auto" for a short measured trial.
+        on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
+            that also counts as 1 in every upper bound ("abstain").
+        checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
+        progress: True prints lines to stderr, a callable is told (`Progress`), about twice a second.
+
+    Returns:
+        The certificate, on the CPU.
+
+    Raises:
+        TypeError, ValueError: a bad argument. ModelError: a model that cannot be explained. NonFiniteError: see
+        on_nonfinite. CertifyInterrupted (a KeyboardInterrupt): Ctrl-C; holds the certificate so far.
+
+    Source: Levine, Singla, Feizi 2019 (arXiv 1905.12105); statements and proofs in docs/certificates.md.
+    """
+    check_images(x)
+    sigma = _check.positive("sigma", sigma)
+    tau, gamma = _check.fractions(tau, gamma)
+    if levels is not None:
+        _check.integer("levels", levels, 1, 15)
+    _check.integer("samples", samples, 1, 2**31 - 1)
+    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    if not (callable(explain) or explain in _model.EXPLANATIONS):
+        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
+    if on_nonfinite not in NONFINITE:
+        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
+    if channel_sum and x.dim() < 3:
+        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
+    bound = bound or ("betting" if levels is not None else "kl")
+    check_bound(bound, levels)
+    if stop is not None and bound != "betting":
+        raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
+    classes_wanted = check_target(target, x)
+    ids = check_image_ids(image_ids, x)
+    private = _model.private_copy(model)
+    sampler = Sampler(private, x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids)
+    settings = Settings(
+        sigma=sigma,
+        shape=tuple(x.shape[2:] if channel_sum else x.shape[1:]),
+        levels=levels,
+        tau=tau,
+        gamma=gamma,
+        channel_sum=channel_sum,
+        explain=explain if isinstance(explain, str) else getattr(explain, "__qualname__", type(explain).__name__),
+        target=None if classes_wanted is None else tuple(classes_wanted.tolist()),
+        seed=seed,
+        stream_version=STREAM_VERSION,
+        image_ids=tuple(ids.tolist()),
+        planned_samples=(samples,) * x.shape[0],
+        alpha=alpha,
+        bound=bound,
+        slack=slack,
+        on_nonfinite=on_nonfinite,
+        model_fingerprint=_model.fingerprint(model),
+        input_hashes=tuple(_model.input_hash(image) for image in x),
+        device=str(x.device),
+        versions=_versions(),
+        backends={
+            name: backends.choose(name, x.device, torch.float32)[0] for name in ("noisy_samples", "count_sparsified_")
+        },
+    )
+    if stop is not None and not 1 <= stop.k <= settings.n // 2:
+        raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = None if path is None else _resumable(path, settings)
+    state = State(settings, x.shape[0], sampler.prepare(), x.device)
+    if resumed is None:
+        sampler.set_batch_size(batch_size, samples * x.shape[0])
+    else:
+        state.restore(resumed)
+        sampler.set_batch_size(resumed.settings.batch_size or batch_size, samples)
+    report = _print_progress if progress is True else progress or None
+    return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

@@ -1,0 +1,17 @@
+"""The typer application."""
+
+from __future__ import annotations
+
+import typer
+
+from robattr_fast.cli.certify import certify
+from robattr_fast.cli.doctor import doctor
+
+app = typer.Typer(
+    help="Saliency maps that come with a proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(certify)
+app.command()(doctor)

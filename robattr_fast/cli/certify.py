@@ -1,0 +1,252 @@
+"""``robattr-fast certify``: images and a model to certificates, pictures, a table and a manifest."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from robattr_fast import images, models
+from robattr_fast.certify import Certificate
+from robattr_fast.certify import certify as certify_images
+from robattr_fast.cli.errors import EXPECTED, bad_input_exits, one_line, report
+from robattr_fast.cli.progress import SampleProgress
+from robattr_fast.cli.results import Results, Row, label
+from robattr_fast.errors import CertifyInterrupted, ModelError, NonFiniteError
+
+DEFAULT_RADII = (0.01, 0.03, 0.06)
+
+# Of one image, not of the run: the next image may do better.
+_IMAGE_FAILURES = (images.ImageError, NonFiniteError, OSError, torch.OutOfMemoryError)
+
+
+def certify(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders of them, .npy or .npz arrays (float [C, H, W] in [0, 1], or uint8 [H, W, C]), "
+            "or photographs of scikit-image (skimage:chelsea, or chelsea where no such file exists).",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="demo, or package.module:callable (which runs its code).", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("out"),
+    samples: Annotated[int, typer.Option(help="Noisy samples per image.")] = 8192,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, for pixels in [0, 1].")] = 0.2,
+    tau: Annotated[float, typer.Option(help="Share of the elements that each sample selects.")] = 0.1,
+    gamma: Annotated[float | None, typer.Option(help="Share that saturates (--levels above 1); default tau.")] = None,
+    levels: Annotated[int, typer.Option(help="Levels of the relaxed map; 1: elements are in or out.")] = 1,
+    alpha: Annotated[float, typer.Option(help="Probability that any statement of a certificate is wrong.")] = 0.05,
+    bound: Annotated[str, typer.Option(help="betting, kl, clopper-pearson or hoeffding.")] = "betting",
+    slack: Annotated[
+        int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)
+    ] = None,
+    k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
+    radius: Annotated[
+        list[float] | None,
+        typer.Option(help="L2 radius for table and picture; may be repeated.", show_default="0.01 0.03 0.06"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    target: Annotated[
+        int | None, typer.Option(help="Class to explain; default: of each noisy sample its own.", show_default=False)
+    ] = None,
+    channel_sum: Annotated[
+        bool, typer.Option("--channel-sum", help="Sum scores over channels: one per pixel.")
+    ] = False,
+    size: Annotated[
+        int | None, typer.Option(help="Crop and resize to a square; default: as the model does.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Rows per forward pass, or auto: the fastest by a short trial.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.", show_default=False)] = None,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    """Certify the saliency maps of images.
+
+    Writes per image NAME.safetensors (the certificate) and NAME.png, per run certificates.tsv and manifest.json.
+    Exit status: 0; 1 if an image failed (the others are finished); 2 if the command cannot be carried out.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("paths", "out", "traceback")}
+    console = Console()
+    with bad_input_exits(traceback=traceback):
+        _require_packages()
+        radii = _checked_radii(radius)
+        settings |= {"radius": radii, "k": _checked_share(k), "batch_size": _checked_batch_size(batch_size)}
+        if threads is not None:
+            torch.set_num_threads(_at_least_one("threads", threads))
+        place = _checked_device(device)
+        sources = images.find(paths)
+        _make_writable(out)
+        _spare_inputs(sources, out)
+        chosen = models.load(model, size=size)
+        results = Results(out, settings, radii, place)
+        interrupted = _run(sources, chosen, settings, results)
+    if results.rows:
+        console.print(results.table())
+        console.print(results.footnote(), highlight=False)
+        console.print(f"Written to {out}/", highlight=False)
+    if interrupted:
+        report("interrupted: what was sampled until then is certified and written")
+        raise typer.Exit(130)
+    if results.failures:
+        raise typer.Exit(1)
+
+
+def _run(sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results) -> bool:
+    """All images, one after the other; whether Ctrl-C ended it."""
+    module = model.module.to(results.device)
+    batch_sizes: dict[torch.Size, int | str] = {}
+    with SampleProgress(Console(stderr=True), len(sources)) as progress:
+        for index, source in enumerate(sources):
+            try:
+                x = images.read(source.path, model.preprocess)
+                show = progress.image(
+                    index, source.name, settings["samples"], k_share=settings["k"], radius=results.radii[0]
+                )
+                wanted = batch_sizes.get(x.shape, settings["batch_size"])
+                start = time.perf_counter()
+                cert, interrupted = _sample(module, x, {**settings, "batch_size": wanted}, results.device, show)
+                results.add(_write(source, x, cert, model.class_names, results, time.perf_counter() - start))
+                if interrupted:
+                    return True
+                batch_sizes[x.shape] = cert.settings.batch_size or wanted
+            except _IMAGE_FAILURES as error:
+                _fail(results, source, error)
+            except EXPECTED as error:
+                # Settings and model have worked before: then it is this image that they do not fit.
+                if not results.rows:
+                    raise
+                _fail(results, source, error)
+    return False
+
+
+def _sample(
+    module: torch.nn.Module, x: torch.Tensor, settings: dict[str, Any], device: torch.device, progress: Any
+) -> tuple[Certificate, bool]:
+    """The certificate of one image [C, H, W], and whether Ctrl-C cut it short: what was sampled until then is valid."""
+    names = ("sigma", "tau", "gamma", "levels", "samples", "target", "channel_sum", "seed", "alpha", "bound", "slack")
+    try:
+        cert = certify_images(
+            module,
+            x[None].to(device),
+            image_ids=[images.image_id(x)],
+            batch_size=settings["batch_size"],
+            progress=progress,
+            **{name: settings[name] for name in names},
+        )
+        return cert, False
+    except CertifyInterrupted as error:
+        return error.certificate, True
+
+
+def _write(
+    source: images.Source,
+    x: torch.Tensor,
+    cert: Certificate,
+    class_names: Sequence[str] | None,
+    results: Results,
+    seconds: float,
+) -> Row:
+    """The files of one image, and its row of the table."""
+    from robattr_fast import plots
+
+    k = max(1, int(results.settings["k"] * cert.settings.n))
+    row = Row(
+        name=source.name,
+        source=str(source.path),
+        image_id=images.image_id(x),
+        label=label(cert, class_names),
+        cert=cert,
+        k=k,
+        overlaps=cert.overlap(k, results.radii).share[:, 0].tolist(),
+        seconds=seconds,
+    )
+    cert.save(results.folder / f"{source.name}.safetensors")
+    title = f"{source.name}: {row.label.name if class_names else f'class {row.label.number}'}"
+    figure = plots.certificate_figure(x, cert, k=k, radii=results.radii, title=title)
+    plots.save(figure, results.folder / f"{source.name}.png")
+    return row
+
+
+def _fail(results: Results, source: images.Source, error: Exception) -> None:
+    message = one_line(error)
+    results.fail(source.name, source.path, message)
+    report(message if str(source.path) in message else f"{source.path}: {message}")
+
+
+def _require_packages() -> None:
+    missing = [name for name, module in (("pillow", "PIL"), ("matplotlib", "matplotlib")) if not _present(module)]
+    if missing:
+        raise ModelError(f"certify needs {' and '.join(missing)}: pip install 'robattr-fast[cli]'")
+
+
+def _present(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _checked_radii(radii: list[float] | None) -> list[float]:
+    for radius in radii or ():
+        if not (math.isfinite(radius) and radius >= 0):
+            raise ValueError(f"radius: got {radius}, takes a finite number >= 0")
+    return sorted(set(radii or DEFAULT_RADII))
+
+
+def _checked_share(k: float) -> float:
+    if not 0 < k <= 0.5:
+        raise ValueError(f"k: got {k}, takes a share of the elements in (0, 0.5]")
+    return k
+
+
+def _checked_batch_size(batch_size: str) -> int | str:
+    if batch_size == "auto":
+        return batch_size
+    if not batch_size.isascii() or not batch_size.isdigit():
+        raise ValueError(f"batch-size: got {batch_size!r}, takes an integer >= 1 or auto")
+    return _at_least_one("batch-size", int(batch_size))
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, takes an integer >= 1")
+    return value
+
+
+def _checked_device(device: str | None) -> torch.device:
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, takes cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no CUDA device (robattr-fast doctor says more)")
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _spare_inputs(sources: list[images.Source], folder: Path) -> None:
+    """ValueError if a picture would replace an image that is to be read."""
+    inputs = {source.path.resolve() for source in sources}
+    for source in sources:
+        picture = (folder / f"{source.name}.png").resolve()
+        if picture in inputs:
+            raise ValueError(f"out: {picture} is an image to certify and would be overwritten; takes another folder")
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder; OSError now rather than after the first image if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"out: cannot write to {folder}: {error.strerror}") from error

@@ -1,0 +1,42 @@
+"""Errors as a person reads them: one line, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+from robattr_fast.errors import BackendError, CertificateFileError, MergeError, ModelError
+
+EXPECTED = (ValueError, TypeError, OSError, ModelError, BackendError, MergeError, CertificateFileError)
+"""What wrong input raises; anything else is a bug and keeps its traceback."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def report(message: str) -> None:
+    """``error: ...`` on stderr."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def bad_input_exits(*, traceback: bool = False) -> Iterator[None]:
+    """Report an expected error on one line and leave with status 2; with ``traceback`` let it pass."""
+    try:
+        yield
+    except EXPECTED as error:
+        if traceback:
+            raise
+        report(one_line(error))
+        raise typer.Exit(2) from error

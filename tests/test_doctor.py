@@ -1,0 +1,66 @@
+"""The self-checks: every operator has one, a healthy installation passes it, a wrong kernel does not."""
+
+import json
+
+import pytest
+import torch
+
+from robattr_fast import backends, doctor
+
+
+def test_every_operator_has_a_check():
+    assert set(doctor.CHECKS) == set(backends.operators())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_this_installation_is_healthy(backend):
+    with backends.use(backend):
+        examination = doctor.examine()
+    assert [row.check for row in examination.operators] == ["ok"] * len(backends.operators())
+    assert all(row.detail == "" for row in examination.operators)
+    assert examination.healthy
+
+
+def spoiled(call):
+    """The same implementation, but one element of what it writes into (its second argument) or returns is off a bit."""
+
+    def wrong(*args, **kwargs):
+        result = call(*args, **kwargs)
+        written = args[1] if isinstance(args[1], torch.Tensor) else result
+        written.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize("operator", backends.operators())
+def test_one_wrong_bit_is_found(operator, monkeypatch):
+    found = backends._registry[operator]["reference"]
+    wrong = backends.Implementation(spoiled(found.call), found.can_run)
+    monkeypatch.setitem(backends._registry[operator], "reference", wrong)
+    with backends.use("reference"):
+        examination = doctor.examine()
+    assert not examination.healthy
+    assert {row.operator for row in examination.operators if row.check == "failed"} == {operator}
+
+
+def test_a_backend_that_raises_is_a_failed_check(monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("no kernel image\n" + "stack " * 100)
+
+    broken = backends.Implementation(crash, lambda device, dtype: (True, ""))
+    monkeypatch.setitem(backends._registry["noisy_samples"], "reference", broken)
+    with backends.use("reference"):
+        examination = doctor.examine()
+    (row,) = (row for row in examination.operators if row.operator == "noisy_samples")
+    assert (row.check, row.detail) == ("failed", "RuntimeError: no kernel image")
+
+
+def test_report_is_json_and_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "_OPTIONAL", (("never-heard-of", "never_heard_of", "cli"),))
+    monkeypatch.setattr(doctor, "_LINKS", ("no_such_link",))
+    facts = {fact["name"]: fact for fact in json.loads(json.dumps(doctor.examine().to_json()))["facts"]}
+    assert facts["never-heard-of"]["value"] == "none"
+    assert facts["never-heard-of"]["advice"] == "pip install 'robattr-fast[cli]'"
+    assert "ln -s" in facts["robattr_fast/no_such_link"]["advice"]
+    assert facts["torch"]["value"] == torch.__version__

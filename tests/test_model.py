@@ -1,0 +1,104 @@
+"""The private copy, and every way in which a model can be unfit to be explained."""
+
+import pytest
+import torch
+from models import Elementwise, small_cnn
+from torch import nn
+
+import robattr_fast as rf
+from robattr_fast import model as rf_model
+
+
+def test_private_copy_shares_parameters_and_nothing_else():
+    model = small_cnn()
+    copy = rf_model.private_copy(model)
+    for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr()
+        assert not ours.requires_grad
+        assert theirs.requires_grad
+    for ours, theirs in zip(copy.buffers(), model.buffers(), strict=True):
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
+def test_tied_parameters_stay_tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[1].weight = model[0].weight
+    copy = rf_model.private_copy(model)
+    assert copy[0].weight is copy[1].weight
+
+
+def test_the_users_model_is_never_mutated():
+    model = small_cnn()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rf.certify(model, torch.rand(1, 1, 12, 12), sigma=0.2, samples=20, batch_size=4)
+    rf.smoothgrad(model, torch.rand(1, 1, 12, 12), sigma=0.2, samples=20, batch_size=4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_fingerprint_sees_weights_and_architecture():
+    model = small_cnn()
+    same = small_cnn()
+    assert rf_model.fingerprint(model) == rf_model.fingerprint(same)
+    with torch.no_grad():
+        same[0].bias[0] += 1e-3
+    assert rf_model.fingerprint(model) != rf_model.fingerprint(same)
+    relu = small_cnn()
+    relu[2] = nn.ReLU()
+    assert rf_model.fingerprint(model) != rf_model.fingerprint(relu)
+
+
+def _returning(result):
+    class Model(nn.Module):
+        def forward(self, z):
+            return result(z)
+
+    return Model().eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (small_cnn().train(), "it is in training mode"),
+        (nn.Sequential(nn.Flatten(), nn.Dropout(0.5).train(), nn.Linear(144, 3).eval()).eval().requires_grad_(), None),
+        (_returning(lambda z: (z.flatten(1), z)), "returned tuple"),
+        (_returning(lambda z: z), r"returned shape \(1, 1, 12, 12\)"),
+        (_returning(lambda z: z.sum()[None, None].expand(3, 3)), "returned shape"),
+        (_returning(lambda z: z.flatten(1).long()), "dtype torch.int64"),
+        (_returning(lambda z: torch.zeros(z.shape[0], 3)), "does not depend on its input"),
+        (_returning(lambda z: z.detach().flatten(1)), "does not depend on its input"),
+        (_returning(lambda z: torch.ones(z.shape[0], 3, requires_grad=True)), "does not depend on its input"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)).eval(), "its forward failed"),
+        (_returning(lambda z: z.flatten(1) / 0.0), "NaN or infinite"),
+    ],
+)
+def test_unfit_models_are_refused(model, message):
+    if message is None:
+        model[1].train()
+        message = "its submodule '1' .Dropout. is in training mode"
+    error = rf.NonFiniteError if "NaN" in message else rf.ModelError
+    with pytest.raises(error, match=message):
+        rf.certify(model, torch.rand(1, 1, 12, 12), sigma=0.2, samples=4)
+
+
+def test_a_function_is_not_a_model():
+    with pytest.raises(TypeError, match="model: got function"):
+        rf.smoothgrad(lambda z: z, torch.rand(1, 1, 12, 12), sigma=0.2, samples=4)
+
+
+def test_scores_match_the_formula():
+    model = Elementwise(2, 3)
+    z = torch.randn(5, 2, 3)
+    target = torch.tensor([0, 1, 0, 1, 0])
+    gradient, logits = rf_model.scores(model, z, target, "gradient")
+    zeroth = model.weight * (1 - z.tanh() ** 2)
+    first = -2 * model.weight * z
+    expected = torch.where((target == 0)[:, None, None], zeroth, first)
+    torch.testing.assert_close(gradient, expected.detach())
+    torch.testing.assert_close(logits, model(z).detach())
+    product, _ = rf_model.scores(model, z, target, "input_x_gradient")
+    assert torch.equal(product, gradient * z)
+    largest, _ = rf_model.scores(model, z, None, "gradient")
+    by_label, _ = rf_model.scores(model, z, model(z).argmax(1), "gradient")
+    assert torch.equal(largest, by_label)
