@@ -274,7 +274,26 @@ class Certificate:
             count += 1
         elif (count - 1) / k >= overlap:
             count -= 1
-        return marginal.certified_radius(gaps, count, self.settings.n)
+        radius = marginal.certified_radius(gaps, count, self.settings.n)
+        if method == "marginal":
+            return radius
+        by_moments = torch.tensor([moments.radius(k, count) for moments in self._moments], dtype=torch.float64)
+        return by_moments if method == "second-moment" else radius.maximum(by_moments)
+
+    def distance(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Upper bound on the L2 distance from the displayed map to the smoothed map anywhere within an L2 radius (T7).
+
+        float64 [B], or [R, B] for R radii. Raises ValueError, with the reason, if there are no second moments.
+        """
+        return self._moment_values(radius, "distance")
+
+    def cosine(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Lower bound on the cosine of the displayed map and the smoothed map anywhere within an L2 radius (T7).
+
+        float64 [B], or [R, B] for R radii; 0 where nothing is proved. Raises ValueError, with the reason, if there are
+        no second moments.
+        """
+        return self._moment_values(radius, "cosine")
 
     def pixels(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Elements whose smoothed value provably stays on its side of 1/2 within an L2 radius (T5).
