@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "build"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
+    {"exported"},
     {"model"},
     {"folding"},
     {"sampling"},
