@@ -63,7 +63,7 @@ def _returning(result):
         (small_cnn().train(), "it is in training mode"),
         (nn.Sequential(nn.Flatten(), nn.Dropout(0.5).train(), nn.Linear(144, 3).eval()).eval().requires_grad_(), None),
         (_returning(lambda z: (z.flatten(1), z)), "returned tuple"),
-        (_returning(lambda z: z), r"returned shape \(1, 1, 12, 12\)"),
+        (_returning(lambda z: z), r"returned shape \(2, 1, 12, 12\)"),
         (_returning(lambda z: z.sum()[None, None].expand(3, 3)), "returned shape"),
         (_returning(lambda z: z.flatten(1).long()), "dtype torch.int64"),
         (_returning(lambda z: torch.zeros(z.shape[0], 3)), "does not depend on its input"),

@@ -89,9 +89,9 @@ def test_callables_that_give_no_model(spec, message):
     assert spec in str(error.value)
 
 
-@pytest.mark.parametrize("spec", ["", "resnet50", ":f", "module:", "Demo"])
+@pytest.mark.parametrize("spec", ["", "resnet50", ":f", "module:", "Demo", "timm:"])
 def test_unknown_spec(spec):
-    with pytest.raises(ValueError, match=r"'demo' or 'package\.module:callable'"):
+    with pytest.raises(ValueError, match=r"'demo', 'file\.pt2', 'timm:name' or 'package\.module:callable'"):
         models.load(spec)
 
 

@@ -38,7 +38,12 @@ def certify(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="demo, or package.module:callable (which runs its code).", show_default=False)
+        str,
+        typer.Option(
+            help="demo, timm:name, file.pt2 (of torch.export; loading one can run code that it brings), or "
+            "package.module:callable (which runs its code).",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("out"),
     samples: Annotated[int, typer.Option(help="Noisy samples per image.")] = 8192,
