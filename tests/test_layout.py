@@ -71,7 +71,6 @@ def names(folder: Path, pattern: str) -> set[str]:
     return {p.name.split(".")[0] for p in folder.glob(pattern)} - {"__init__"}
 
 
-
 def test_one_basename_per_operator():
     operators = {schema.split("(")[0].rstrip("_") for schema in _schema._PUBLIC}
     files = {name for name in names(PACKAGE / "ops", "*.py") if not name.startswith("_")}
