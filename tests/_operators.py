@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,11 @@ def needs_extension() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu"])
 def backend(request):
     """Runs the test on each backend that takes CPU tensors."""
     if request.param == "cpu":
@@ -101,6 +107,16 @@ short_rows = st.lists(
     min_size=1,
     max_size=40,
 ).map(lambda values: np.array(values, dtype=np.float32))
+
+
+def sampled_places(n: int) -> np.ndarray:
+    """The elements from which csrc/cpu/select.h guesses the threshold of a row of n: where to mislead it."""
+    places, state = [], 1
+    for part in range(1024):
+        first, end = part * n // 1024, (part + 1) * n // 1024
+        state = (state * 1664525 + 1013904223) % 2**32
+        places.append(first + (state * (end - first) >> 32))
+    return np.array(places)
 
 
 def strided(row: np.ndarray, step: int) -> torch.Tensor:
