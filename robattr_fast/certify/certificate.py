@@ -225,6 +225,11 @@ class Certificate:
         """Why `evaluated_bound` is not the bound asked for; None if it is."""
         return self._evaluated.reason
 
+    @property
+    def has_second_moments(self) -> bool:
+        """True if second moments (T7) prove something of every image: `distance` and `cosine` may be asked for."""
+        return all(moments.proved is not None for moments in self._moments)
+
     def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
         """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
 
@@ -242,7 +247,7 @@ class Certificate:
         self._check_method(method)
         radii, scalar = _radii(radius)
         marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
-        if method == "marginal" or not self._any_moments:
+        if method == "marginal" or not any(moments.proved for moments in self._moments):
             count, won = marginal_count, np.full(marginal_count.shape, "marginal")
         else:
             count = self._moment_counts(k, radii, boxed=method == "best")
@@ -382,10 +387,6 @@ class Certificate:
             Moments(settings, image, self._values[image], samples, summary[image], int(self.invalid[image]))
             for image, samples in enumerate(self.samples.tolist())
         ]
-
-    @property
-    def _any_moments(self) -> bool:
-        return any(moments.proved is not None for moments in self._moments)
 
     def _require_moments(self) -> None:
         for image, moments in enumerate(self._moments):

@@ -56,6 +56,10 @@ def certify(
     slack: Annotated[
         int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)
     ] = None,
+    retain: Annotated[int, typer.Option(help="Samples whose maps are kept for second moments, 4 to 8192.")] = 2048,
+    second_moment: Annotated[
+        bool, typer.Option("--second-moment/--no-second-moment", help="Certify by second moments too (part of alpha).")
+    ] = True,
     k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
     radius: Annotated[
         list[float] | None,
@@ -143,7 +147,10 @@ def _sample(
     module: torch.nn.Module, x: torch.Tensor, settings: dict[str, Any], device: torch.device, progress: Any
 ) -> tuple[Certificate, bool]:
     """The certificate of one image [C, H, W], and whether Ctrl-C cut it short: what was sampled until then is valid."""
-    names = ("sigma", "tau", "gamma", "levels", "samples", "target", "channel_sum", "seed", "alpha", "bound", "slack")
+    names = (
+        *("sigma", "tau", "gamma", "levels", "samples", "target", "channel_sum", "seed"),
+        *("alpha", "bound", "slack", "second_moment", "retain"),
+    )
     try:
         cert = certify_images(
             module,
@@ -177,7 +184,7 @@ def _write(
         label=label(cert, class_names),
         cert=cert,
         k=k,
-        overlaps=cert.overlap(k, results.radii).share[:, 0].tolist(),
+        overlaps=cert.overlap(k, results.radii),
         seconds=seconds,
     )
     cert.save(results.folder / f"{source.name}.safetensors")
