@@ -198,6 +198,7 @@ def _show_membership(axes: Axes, image: torch.Tensor, cert: Certificate, k: int)
 
 def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float]) -> None:
     from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import MaxNLocator
 
     grid = sorted({*radius_grid(cert, k, marked), *marked})
     at = np.asarray(sorted(set(marked)))
@@ -234,7 +235,8 @@ def _show_curves(axes: Axes, cert: Certificate, k: int, marked: Sequence[float])
     axes.set(xlim=(0, grid[-1]), ylim=(0, 104 + 9 * len(curves)), yticks=range(0, 101, 20))
     axes.spines["left"].set_bounds(0, 100)
     axes.set_xlabel("L2 radius of the perturbation (pixels in [0, 1])")
-    axes.set_ylabel("certified overlap of the top sets (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_ylabel("certified overlap of the top sets (%)", y=50 / axes.get_ylim()[1])
     axes.set_title(f"Share of the top {100 * share:.3g} % that provably stays", loc="left")
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)

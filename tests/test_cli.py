@@ -138,8 +138,33 @@ def test_certify_writes_what_the_library_says(folder):
         share = float(row[f"overlap@{radius:g}"])
         assert share == float(wanted.overlap(k, radius).share)
         assert results.percent(share) in result.stdout
+        assert row[f"method@{radius:g}"] == str(wanted.overlap(k, radius).method[0])
+        assert float(row[f"cosine@{radius:g}"]) == float(wanted.cosine(radius))
     assert float(row["overlap@0.001"]) > 0
     assert int(row["class"]) == int(wanted.class_counts[0].argmax())
+
+
+def test_second_moments_are_shown_and_can_be_left_out(folder):
+    options = ("photo.png", "--radius", 0.001, "--radius", 0.1, "--k", 0.1)
+    shown = run(*options, "--retain", 300, samples=512)
+    assert shown.exit_code == 0, shown.output
+    cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
+    assert (cert.settings.retain, int(cert.gram_summary[0, 0])) == (300, 300)
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert row["method@0.1"] == "second-moment"
+    assert results.percent(float(row["overlap@0.1"])) + " *" in shown.stdout
+    assert f"cos {np.floor(1000 * float(row['cosine@0.1'])) / 1000:.3f}" in shown.stdout
+    assert "* by second moments" in " ".join(shown.stdout.split())
+
+    hidden = run(*options, "--no-second-moment", samples=512)
+    assert hidden.exit_code == 0, hidden.output
+    cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
+    assert not cert.settings.second_moment
+    assert (row["method@0.1"], row["cosine@0.1"]) == ("marginal", "")
+    assert "cos" not in hidden.stdout
+    assert "*" not in hidden.stdout
+    settings = manifest(folder)["settings"]
+    assert (settings["second_moment"], settings["retain"]) == (False, 2048)
 
 
 def test_manifest_is_enough_to_repeat_the_run(folder):
@@ -205,6 +230,7 @@ def test_gigantic_image(folder, monkeypatch):
         (["--size", 0], "size"),
         (["--device", "tpu"], "device: got 'tpu', takes cpu or cuda"),
         (["--samples", 0], "samples"),
+        (["--retain", 3], "retain"),
         (["--batch-size", "many"], "batch-size: got 'many'"),
         (["--batch-size", 0], "batch-size"),
     ],

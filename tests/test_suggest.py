@@ -3,12 +3,13 @@
 import dataclasses
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast.certify.concentration import summarize_gram, trace_estimate
+from robattr_fast.certify.concentration import GramSummary, summarize_gram, trace_estimate
 
 module = importlib.import_module("robattr_fast.certify.suggest")  # the function of the same name hides it
 MODEL = small_cnn(3, 16, 5)
@@ -18,7 +19,7 @@ K = N // 5
 MANY = {"taus": (0.05, 0.2, 0.4), "gammas": (None, 0.03), "levels": (1, 5)}
 
 
-@pytest.mark.parametrize(("sigma", "radius", "samples"), [(0.2, 0.05, 1024), (0.3, 0.15, 2048)])
+@pytest.mark.parametrize(("sigma", "radius", "samples"), [(0.2, 0.05, 1024), (0.3, 0.15, 1024)])
 def test_the_choice_is_nearly_the_best(sigma, radius, samples):
     suggestion = rf.suggest(MODEL, IMAGES, K, radius, sigma=sigma, samples=samples, batch_size=128, **MANY)
     assert len(suggestion.candidates) == 6
@@ -29,7 +30,7 @@ def test_the_choice_is_nearly_the_best(sigma, radius, samples):
         found[tuple(chosen.values())] = float(cert.overlap(K, radius).share.mean())
         assert candidate.score[0] == pytest.approx(found[tuple(chosen.values())], abs=0.1)
     settings = suggestion.settings
-    assert found[settings["tau"], settings["gamma"], settings["levels"]] >= max(found.values()) - 0.03
+    assert found[settings["tau"], settings["gamma"], settings["levels"]] >= max(found.values()) - 0.05
     assert max(found.values()) - min(found.values()) > 0.15  # a choice at random would not do
     assert suggestion.overlap == suggestion.candidates[0].score[0]
 
@@ -43,17 +44,21 @@ def rank_one(samples: int, seed: int, n: int = 400) -> torch.Tensor:
 
 
 def test_expected_moments_are_those_of_more_samples():
-    few, many = (rank_one(samples, seed).long() for samples, seed in ((256, 0), (2048, 1)))
-    seen, found = (summarize_gram(rows @ rows.T, 1) for rows in (few, many))
-    trace = trace_estimate(few.sum(0)[:, None], len(few))
-    expected = module._expected_summary(seen, trace, len(many))
-    for field in dataclasses.fields(found):
-        value = getattr(found, field.name)
-        before, after = (abs(getattr(summary, field.name) - value) for summary in (seen, expected))
-        assert after <= 0.15 * value, field.name
-        assert after <= max(before, 0.01 * value), field.name
-    # The pilot's own eigenvalue is too large by far more than that.
-    assert seen.eigenvalue > 1.1 * found.eigenvalue
+    """On average over pilots: one of them has a spectrum of its own."""
+    pilots = []
+    for seed in range(6):
+        rows = rank_one(128, seed, n=2000).float()
+        seen = summarize_gram((rows @ rows.T).long(), 1)
+        expected = module._expected_summary(seen, trace_estimate(rows.sum(0).int()[:, None], 128), 1024)
+        pilots.append((seen.to_array(), expected.to_array()))
+    seen, expected = np.mean(pilots, axis=0)
+    rows = rank_one(1024, 7, n=2000).float()
+    found = summarize_gram((rows @ rows.T).long(), 1).to_array()
+    assert expected == pytest.approx(found, rel=0.1)
+    # What a pilot says without correction is far off.
+    names = [field.name for field in dataclasses.fields(GramSummary)]
+    for name, least in (("eigenvalue", 1.15), ("half_eigenvalue", 1.3), ("fourth", 3.0)):
+        assert seen[names.index(name)] > least * found[names.index(name)]
 
 
 def test_expected_counts_scatter_as_those_of_more_samples():
