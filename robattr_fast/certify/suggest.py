@@ -319,7 +319,8 @@ def _expected_summary(seen: GramSummary, trace: float, rows: int) -> GramSummary
     The empirical covariance of m samples has a top eigenvalue of about lambda + (trace - lambda)/m where many small
     eigenvalues stand below it (Baik and Silverstein, Eigenvalues of large sample covariance matrices of spiked
     population models, 2006, in the limit of a bulk far below the top), the squared mean is up by trace/m, and the
-    squared Gram matrix over m has trace^2 on its diagonal.
+    squared Gram matrix over m has trace^2 on its diagonal (its spread is neglected: from few samples ``fourth`` comes
+    out too large).
     """
     half_seen, half = seen.rows // 2, rows // 2
 

@@ -36,6 +36,11 @@ def radius(value: float) -> str:
     return f"{math.floor(value * 10**digits) / 10**digits:.{max(0, digits)}f}"
 
 
+def rounded_cosine(value: float) -> str:
+    """A certified cosine, rounded down to three digits."""
+    return f"{math.floor(1000 * value) / 1000:.3f}"
+
+
 class Label(NamedTuple):
     """The class that most noisy samples vote for, and the radius within which it is certified (0: abstains)."""
 
@@ -84,7 +89,7 @@ class Row:
         cells = []
         for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
             star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
-            below = f"\n[not bold dim]cos {_down(cosine)}{'  ' if starred else ''}[/]" if cosine else ""
+            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}{'  ' if starred else ''}[/]" if cosine else ""
             cells.append(percent(share) + star + below)
         return cells
 
@@ -117,11 +122,6 @@ class Row:
 
 def _per_radius(quantity: str, radii: Sequence[float], values: Sequence[Any]) -> dict[str, Any]:
     return {f"{quantity}@{at:g}": value for at, value in zip(radii, values, strict=True)}
-
-
-def _down(cosine: float) -> str:
-    """Three digits, rounded down."""
-    return f"{math.floor(1000 * cosine) / 1000:.3f}"
 
 
 @dataclass
