@@ -229,9 +229,7 @@ def _combinations(
     return list(maps)
 
 
-def _pilot(
-    sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int, classes: int
-) -> list[Certificate]:
+def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int, classes: int) -> list[Certificate]:
     """The pilot samples of one image as every candidate counts them."""
     first_sample = _LAST_SAMPLE - pilot
     states = [
@@ -280,7 +278,10 @@ def _expected(seen: Certificate, settings: Settings) -> Certificate:
     if seen.gram_summary is not None:
         rows = min(settings.retain, samples)
         numbers = seen.gram_summary[0].numpy()
-        row = [*_expected_summary(GramSummary.from_array(numbers[:-1]), trace, rows).to_array(), invalid * rows // pilot]
+        row = [
+            *_expected_summary(GramSummary.from_array(numbers[:-1]), trace, rows).to_array(),
+            invalid * rows // pilot,
+        ]
         summary = torch.tensor([row], dtype=torch.float64)
     return Certificate(
         counts=_expected_counts(seen.counts[0], pilot, samples, trace)[None],
