@@ -250,7 +250,7 @@ class Certificate:
         if method == "marginal" or not any(moments.proved for moments in self._moments):
             count, won = marginal_count, np.full(marginal_count.shape, "marginal")
         else:
-            count = self._moment_counts(k, radii, boxed=method == "best")
+            count = self._moment_counts(k, radii)
             won = np.full(count.shape, "second-moment")
             if method == "best":
                 won = np.where(count > marginal_count, won, "marginal")
@@ -393,17 +393,10 @@ class Certificate:
             if moments.reason is not None:
                 raise ValueError(f"image {image} has no second moments: {moments.reason}")
 
-    def _moment_counts(self, k: int, radii: torch.Tensor, *, boxed: bool) -> torch.Tensor:
-        """Certified counts by T7, int64 [R, B]; ``boxed``: together with the bounds of T3."""
-        counts = torch.zeros(len(radii), len(self), dtype=torch.int64)
-        for image, moments in enumerate(self._moments):
-            for row, radius in enumerate(radii.tolist()):
-                counts[row, image] = moments.overlap(k, radius)
-                for slack in self._slacks(k) if boxed and moments.proved is not None else ():
-                    lower, upper = (bound[image] for bound in self._evaluated.bounds(slack))
-                    together = moments.boxed_overlap(k, radius, lower, upper, slack)
-                    counts[row, image] = max(int(counts[row, image]), together)
-        return counts
+    def _moment_counts(self, k: int, radii: torch.Tensor) -> torch.Tensor:
+        """Certified counts by T7, int64 [R, B]."""
+        rows = [[moments.overlap(k, radius) for moments in self._moments] for radius in radii.tolist()]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(radii), len(self))
 
     def _moment_values(self, radius: float | Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
         self._require_moments()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from robattr_fast.certify.concentration import GramSummary, look_schedule, mean_map, summarize_gram
-from robattr_fast.certify.second_moment import SecondMoments, TopKCost, box_overlap, second_moments
+from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments
 from robattr_fast.certify.settings import Settings
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._select import selected
@@ -73,16 +73,6 @@ class Moments:
     def overlap(self, k: int, radius: float) -> int:
         """How many of the displayed top-k stay; 0 where nothing is proved."""
         return 0 if self.proved is None else self._cost(k).overlap(self.proved.distance(radius))
-
-    def boxed_overlap(self, k: int, radius: float, lower: torch.Tensor, upper: torch.Tensor, slack: int) -> int:
-        """The same with the boxes of T3, float64 [n], at x, of which at most ``slack`` bounds fail."""
-        if self.proved is None:
-            return 0
-        shift = radius / self.proved.sigma
-        low, high = (torch.special.ndtri(bound) for bound in (lower, upper))
-        normal_cdf = torch.special.ndtr
-        distance = self.proved.distance(radius)
-        return box_overlap(self.mean, k, distance, normal_cdf(low - shift), normal_cdf(high + shift), slack)
 
     def radius(self, k: int, count: int) -> float:
         """The largest radius within which ``count`` of the displayed top-k stay."""
