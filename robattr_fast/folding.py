@@ -45,7 +45,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
             and len(before.users) == 1
             and uses[before.target] == uses[node.target] == 1
         ):
-            pairs.append((before.target, node.target))
+            pairs.append((str(before.target), str(node.target)))
     return pairs
 
 
@@ -88,7 +88,13 @@ def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     """``model`` itself, with each pair of layers replaced by the layer that does the work of both."""
     for layer_name, norm_name in pairs:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        fused = (fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval)(layer, norm)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        fused: nn.Module
+        if isinstance(layer, nn.Linear):
+            fused = fuse_linear_bn_eval(layer, norm)
+        else:
+            assert isinstance(layer, nn.modules.conv._ConvNd)
+            fused = fuse_conv_bn_eval(layer, norm)
         model.set_submodule(layer_name, fused.requires_grad_(False))
         model.set_submodule(norm_name, nn.Identity().eval())
     return model

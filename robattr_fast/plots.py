@@ -53,7 +53,7 @@ def overlap_curves(cert: Certificate, k: int, radii: Sequence[float]) -> dict[st
 
     cert holds one image. Where it is evaluated by the published procedure there is one curve.
     """
-    published = cert.with_bounds(bound="hoeffding", slack=0)
+    published = cert.with_bounds(bound="hoeffding", slack=0, second_moment=False)
     curves = {OURS: cert.overlap(k, radii)}
     if cert.settings.second_moment or published.settings.evaluation != cert.settings.evaluation:
         curves[PUBLISHED] = published.overlap(k, radii, method="marginal")

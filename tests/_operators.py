@@ -103,6 +103,16 @@ short_rows = st.lists(
 ).map(lambda values: np.array(values, dtype=np.float32))
 
 
+def sampled_places(n: int) -> np.ndarray:
+    """The elements from which csrc/cpu/select.h guesses the threshold of a row of n: where to mislead it."""
+    places, state = [], 1
+    for part in range(1024):
+        first, end = part * n // 1024, (part + 1) * n // 1024
+        state = (state * 1664525 + 1013904223) % 2**32
+        places.append(first + (state * (end - first) >> 32))
+    return np.array(places)
+
+
 def strided(row: np.ndarray, step: int) -> torch.Tensor:
     """The row as a tensor whose elements are ``step`` apart; what lies between must not be read."""
     storage = torch.full((row.size * step,), 1e30, dtype=torch.from_numpy(row).dtype)

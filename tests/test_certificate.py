@@ -126,7 +126,7 @@ def test_overlap_out_of_range(overlap):
 
 
 def test_methods():
-    with pytest.raises(ValueError, match="holds no second moments"):
+    with pytest.raises(ValueError, match="has no second moments: no part of alpha"):
         certificate().overlap(2, 0.1, method="second-moment")
     with pytest.raises(ValueError, match="one of best"):
         certificate().radius(2, 0.1, method="moment")

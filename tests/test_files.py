@@ -52,7 +52,7 @@ def saved(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("exploration", [None, Evaluation(0.01, "kl", 1)])
+@pytest.mark.parametrize("exploration", [None, Evaluation(0.01, "kl", 1, False)])
 def test_round_trip(tmp_path, exploration):
     first = example(dataclasses.replace(SETTINGS, exploration=exploration))
     first.save(tmp_path / "a")

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from _operators import DTYPES, KINDS, backend, examples, make_row, rows, short_rows, sorted_levels, strided
+from _operators import (
+    DTYPES,
+    KINDS,
+    backend,
+    examples,
+    make_row,
+    rows,
+    sampled_places,
+    short_rows,
+    sorted_levels,
+    strided,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,13 +70,27 @@ def test_long_rows(backend, kind, levels):
         np.testing.assert_array_equal(h, expected_map(row, tau, gamma, levels))
 
 
-def test_threshold_at_the_sampled_bound(backend):
-    # Exactly k elements from the threshold on, with the threshold's value frequent enough to be the bound itself.
-    row = np.zeros(100_000, dtype=np.float32)
-    row[::8] = 1
-    for k in (12_499, 12_500, 12_501):
-        h = rf.sparsify(torch.from_numpy(row), k / row.size).numpy()
-        assert (h > 0).sum() == (12_500 if k >= 12_500 else 0)
+def test_sample_that_misleads(backend):
+    row = make_row("half-normal", 100_000)
+    row[sampled_places(row.size)] += 10
+    for levels in (1, 15, None):
+        h = rf.sparsify(torch.from_numpy(row), 0.1, 0.03, levels=levels).numpy()
+        np.testing.assert_array_equal(h, expected_map(row, 0.1, 0.03, levels))
+
+
+@pytest.mark.parametrize("larger", [0, 300])
+def test_ties_at_the_bound_of_the_sample(backend, larger):
+    # The 10000 largest elements of the row are all that the sample sees, and the last of them are equal.
+    row = make_row("half-normal", 100_000) / 10
+    places = sampled_places(row.size)
+    row[places] = 1
+    row[np.setdiff1d(np.arange(row.size), places)[: 10_000 - places.size]] = 1
+    row[np.flatnonzero(row == 1)[:larger]] = 2
+    for k in (larger + 1, 9999, 10_000, 10_001):
+        tau = k / row.size
+        for levels in (1, 15):
+            h = rf.sparsify(torch.from_numpy(row), tau, tau / 2, levels=levels).numpy()
+            np.testing.assert_array_equal(h, expected_map(row, tau, tau / 2, levels))
 
 
 def test_ties_at_the_threshold(backend):

@@ -12,22 +12,16 @@ import torch
 
 from robattr_fast.certify import files, marginal
 from robattr_fast.certify.bounds import marginal_bounds, sample_mean
+from robattr_fast.certify.contents import check
 from robattr_fast.certify.label import Prediction, certify_label
 from robattr_fast.certify.merge import merge_settings
-from robattr_fast.certify.settings import PER_IMAGE, Evaluation, Settings
+from robattr_fast.certify.moments import Moments, no_summary
+from robattr_fast.certify.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError, MergeError
 
 METHODS = ("best", "marginal", "second-moment")
 
 _KEEP: Any = object()
-
-_DTYPES = {
-    "samples": torch.int64,
-    "counts": torch.int32,
-    "sums": torch.float64,
-    "invalid": torch.int32,
-    "class_counts": torch.int32,
-}
 
 
 class Overlap(NamedTuple):
@@ -51,6 +45,7 @@ class Certificate:
         samples: int64 [B].
         invalid: int32 [B], samples with NaN or infinite scores; they count as the map 0 and vote for no class.
         class_counts: int32 [B, classes], votes of the samples; None if they were not kept.
+        gram_summary: float64 [B, 8], what T7 needs of the retained samples (`moments`); None without second moments.
         settings: everything that was fixed before sampling.
 
     Raises:
@@ -67,12 +62,20 @@ class Certificate:
         sums: torch.Tensor | None = None,
         invalid: torch.Tensor | None = None,
         class_counts: torch.Tensor | None = None,
+        gram_summary: torch.Tensor | None = None,
     ) -> None:
         if invalid is None:
             invalid = torch.zeros(len(samples), dtype=torch.int32)
-        given = {"samples": samples, "counts": counts, "sums": sums, "invalid": invalid, "class_counts": class_counts}
+        given = {
+            "samples": samples,
+            "counts": counts,
+            "sums": sums,
+            "invalid": invalid,
+            "class_counts": class_counts,
+            "gram_summary": gram_summary,
+        }
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        _check(tensors, settings)
+        check(tensors, settings)
         self._tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         self._values = self._tensors["sums" if settings.levels is None else "counts"]
         self.settings = settings
@@ -81,6 +84,7 @@ class Certificate:
         self.samples = self._tensors["samples"]
         self.invalid = self._tensors["invalid"]
         self.class_counts = self._tensors.get("class_counts")
+        self.gram_summary = self._tensors.get("gram_summary")
         self._bounds_by_slack: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._gaps_by_k: dict[int, torch.Tensor] = {}
 
@@ -179,6 +183,11 @@ class Certificate:
             parts.append("exploratory")
         return f"Certificate({', '.join(parts)})"
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a file holds besides the settings, by name."""
+        return dict(self._tensors)
+
     @functools.cached_property
     def map(self) -> torch.Tensor:
         """The displayed map: the sample mean, float64 [B, *M] in [0, 1]."""
@@ -237,8 +246,16 @@ class Certificate:
         """
         self._check_method(method)
         radii, scalar = _radii(radius)
-        count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
-        share, won = count.double() / k, np.full(count.shape, "marginal")
+        marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
+        if method == "marginal" or not self._any_moments:
+            count, won = marginal_count, np.full(marginal_count.shape, "marginal")
+        else:
+            count = self._moment_counts(k, radii, boxed=method == "best")
+            won = np.full(count.shape, "second-moment")
+            if method == "best":
+                won = np.where(count > marginal_count, won, "marginal")
+                count = count.maximum(marginal_count)
+        share = count.double() / k
         return Overlap(share[0], won[0]) if scalar else Overlap(share, won)
 
     def radius(self, k: int, overlap: float, method: str = "best") -> torch.Tensor:
@@ -257,7 +274,26 @@ class Certificate:
             count += 1
         elif (count - 1) / k >= overlap:
             count -= 1
-        return marginal.certified_radius(gaps, count, self.settings.n)
+        radius = marginal.certified_radius(gaps, count, self.settings.n)
+        if method == "marginal":
+            return radius
+        by_moments = torch.tensor([moments.radius(k, count) for moments in self._moments], dtype=torch.float64)
+        return by_moments if method == "second-moment" else radius.maximum(by_moments)
+
+    def distance(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Upper bound on the L2 distance from the displayed map to the smoothed map anywhere within an L2 radius (T7).
+
+        float64 [B], or [R, B] for R radii. Raises ValueError, with the reason, if there are no second moments.
+        """
+        return self._moment_values(radius, "distance")
+
+    def cosine(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Lower bound on the cosine of the displayed map and the smoothed map anywhere within an L2 radius (T7).
+
+        float64 [B], or [R, B] for R radii; 0 where nothing is proved. Raises ValueError, with the reason, if there are
+        no second moments.
+        """
+        return self._moment_values(radius, "cosine")
 
     def pixels(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Elements whose smoothed value provably stays on its side of 1/2 within an L2 radius (T5).
@@ -288,10 +324,20 @@ class Certificate:
             self.class_counts, self.samples, ledger.label, self.settings.sigma, self._usable_bound(levels=1)
         )
 
-    def with_bounds(self, *, bound: str = _KEEP, slack: int | None = _KEEP, alpha: float = _KEEP) -> "Certificate":
-        """The same counts with another bound, slack or alpha. For exploration: see `exploratory`."""
-        used = self.settings.exploration or Evaluation(self.settings.alpha, self.settings.bound, self.settings.slack)
-        changes: dict[str, Any] = {"bound": bound, "slack": slack, "alpha": alpha}
+    def with_bounds(
+        self,
+        *,
+        bound: str = _KEEP,
+        slack: int | None = _KEEP,
+        alpha: float = _KEEP,
+        second_moment: bool = _KEEP,
+    ) -> "Certificate":
+        """The same counts with another bound, slack, alpha, or use of alpha. For exploration: see `exploratory`."""
+        settings = self.settings
+        used = settings.exploration or Evaluation(
+            settings.alpha, settings.bound, settings.slack, settings.second_moment
+        )
+        changes: dict[str, Any] = {"bound": bound, "slack": slack, "alpha": alpha, "second_moment": second_moment}
         changed = dataclasses.replace(used, **{name: v for name, v in changes.items() if v is not _KEEP})
         return Certificate(**self._tensors, settings=self.settings.exploring(changed))
 
@@ -305,6 +351,8 @@ class Certificate:
             raise MergeError(f"contents differ: {sorted(self._tensors)} and {sorted(other._tensors)}")
         merged = {}
         for name, tensor in self._tensors.items():
+            if name == "gram_summary":
+                continue  # second moments are planned for one run; the union is evaluated by its counts
             if tensor.shape != other._tensors[name].shape:
                 raise MergeError(f"{name} differs: {list(tensor.shape)} and {list(other._tensors[name].shape)}")
             merged[name] = tensor + other._tensors[name]
@@ -318,6 +366,7 @@ class Certificate:
     def load(cls, path: str | os.PathLike) -> "Certificate":
         """Reads a file. Raises CertificateFileError if it is damaged or contradicts itself, OSError if missing."""
         tensors, manifest = files.load(path)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(files.CHECKPOINT)}
         try:
             return cls(**tensors, settings=Settings.from_json(manifest))
         except (TypeError, ValueError) as error:
@@ -330,7 +379,44 @@ class Certificate:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "second-moment":
-            raise ValueError("this certificate holds no second moments")
+            self._require_moments()
+
+    @functools.cached_property
+    def _moments(self) -> list[Moments]:
+        settings = self.settings
+        summary = self.gram_summary if self.gram_summary is not None else no_summary(len(self))
+        return [
+            Moments(settings, image, self._values[image], samples, summary[image], int(self.invalid[image]))
+            for image, samples in enumerate(self.samples.tolist())
+        ]
+
+    @property
+    def _any_moments(self) -> bool:
+        return any(moments.proved is not None for moments in self._moments)
+
+    def _require_moments(self) -> None:
+        for image, moments in enumerate(self._moments):
+            if moments.reason is not None:
+                raise ValueError(f"image {image} has no second moments: {moments.reason}")
+
+    def _moment_counts(self, k: int, radii: torch.Tensor, *, boxed: bool) -> torch.Tensor:
+        """Certified counts by T7, int64 [R, B]; ``boxed``: together with the bounds of T3."""
+        counts = torch.zeros(len(radii), len(self), dtype=torch.int64)
+        for image, moments in enumerate(self._moments):
+            for row, radius in enumerate(radii.tolist()):
+                counts[row, image] = moments.overlap(k, radius)
+                for slack in self._slacks(k) if boxed and moments.proved is not None else ():
+                    lower, upper = (bound[image] for bound in self._bounds(slack))
+                    together = moments.boxed_overlap(k, radius, lower, upper, slack)
+                    counts[row, image] = max(int(counts[row, image]), together)
+        return counts
+
+    def _moment_values(self, radius: float | Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
+        self._require_moments()
+        radii, scalar = _radii(radius)
+        rows = [[getattr(moments.proved, name)(r) for moments in self._moments] for r in radii.tolist()]
+        values = torch.tensor(rows, dtype=torch.float64)
+        return values[0] if scalar else values
 
     def _usable_bound(self, levels: int | None) -> str:
         """The evaluated bound, for means of samples with this many levels."""
@@ -351,6 +437,10 @@ class Certificate:
             )
         return self._bounds_by_slack[slack]
 
+    def _slacks(self, k: int) -> Sequence[int]:
+        slack = self.settings.evaluation.slack
+        return marginal.slack_candidates(k) if slack is None else (slack,)
+
     def _gaps(self, k: int) -> torch.Tensor:
         """Radii below which at least 1..k elements of the displayed top-k stay, float64 [B, k], best over slack."""
         if isinstance(k, bool) or not isinstance(k, int):
@@ -359,9 +449,7 @@ class Certificate:
             raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
         if k not in self._gaps_by_k:
             top = marginal.top_k(self.map.flatten(1), k)
-            slack = self.settings.evaluation.slack
-            choices = marginal.slack_candidates(k) if slack is None else (slack,)
-            gaps = [marginal.sampled_gaps(*self._bounds(m), top, k, self.settings.sigma, m) for m in choices]
+            gaps = [marginal.sampled_gaps(*self._bounds(m), top, k, self.settings.sigma, m) for m in self._slacks(k)]
             self._gaps_by_k[k] = torch.stack(gaps).amax(0)
         return self._gaps_by_k[k]
 
@@ -372,46 +460,3 @@ def _radii(radius: float | Sequence[float] | torch.Tensor) -> tuple[torch.Tensor
     if radii.ndim > 1 or not ((radii >= 0) & radii.isfinite()).all():
         raise ValueError(f"radius must be one finite number >= 0 or a sequence of them, got {radius}")
     return radii.reshape(-1), radii.ndim == 0
-
-
-def _check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
-    """Raises unless dtypes, shapes and counts agree with each other and with the settings."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != _DTYPES[name]:
-            kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name} must be a tensor of {_DTYPES[name]}, got {kind}")
-    kept = "counts" if settings.levels is not None else "sums"
-    if ("counts" in tensors, "sums" in tensors) != (kept == "counts", kept == "sums"):
-        raise ValueError(
-            f"levels={settings.levels} takes {kept} alone, got {sorted(tensors.keys() & {'counts', 'sums'})}"
-        )
-    samples, invalid, values = tensors["samples"], tensors["invalid"], tensors[kept]
-    images, n = samples.numel(), settings.n
-    expected = {"samples": (images,), "invalid": (images,), "counts": (images, n, settings.levels), "sums": (images, n)}
-    for name, shape in expected.items():
-        if name in tensors and tensors[name].shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}")
-    if images == 0:
-        raise ValueError("a certificate needs at least one image")
-    if (samples < 0).any() or (invalid < 0).any() or (invalid > samples).any():
-        raise ValueError("invalid samples must be between 0 and samples")
-    if settings.on_nonfinite == "raise" and invalid.any():
-        raise ValueError(f"on_nonfinite='raise' leaves no invalid samples, got {invalid.tolist()}")
-    valid = samples - invalid
-    total = values if kept == "sums" else values.sum(2, dtype=torch.int64)
-    # Written so that NaN fails.
-    if not ((values >= 0).all() and (total <= valid[:, None]).all()):
-        raise ValueError(f"{kept} of an element must not be negative, nor exceed the valid samples together")
-    if (votes := tensors.get("class_counts")) is not None:
-        if votes.ndim != 2 or votes.shape[0] != images or votes.shape[1] == 0:
-            raise ValueError(f"class_counts must have shape [{images}, classes], got {list(votes.shape)}")
-        if (votes < 0).any() or (votes.sum(1, dtype=torch.int64) > valid).any():
-            raise ValueError("class_counts must not be negative, nor exceed the valid samples together")
-    for name in PER_IMAGE:
-        entries = getattr(settings, name)
-        if entries is not None and len(entries) != images:
-            raise ValueError(f"{name} must have one entry per image, got {len(entries)} for {images}")
-    if settings.intervals is not None:
-        lengths = [sum(end - start for start, end in image) for image in settings.intervals]
-        if lengths != samples.tolist():
-            raise ValueError(f"intervals hold {lengths} samples, samples say {samples.tolist()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from torch import nn
 from robattr_fast import model as _model
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
+from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.settings import NONFINITE, Settings
@@ -71,13 +73,18 @@ class _Run:
     progress: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
-        self.wanted = [self.samples] * len(self.state.done)
+        # Second moments may be looked at at these counts only, so a run that may stop there must hit them exactly.
+        self.moment_looks = (
+            sorted(look_schedule(self.samples)) if self.stop is not None and self.state.retained else [self.samples]
+        )
+        self.wanted = [self._next_moment_look(done) for done in self.state.done]
         for image, done in enumerate(self.state.done):
-            self._look(image, max(0, done - self.sampler.batch_size))
+            if done:
+                self._look(image, max(0, done - self.sampler.batch_size))
         self.last_report = self.last_save = time.monotonic()
 
-    def certificate(self, image: int | None = None) -> Certificate:
-        return self.state.certificate(self.first_sample, self.sampler.batch_size, image)
+    def certificate(self, image: int | None = None, *, moments: bool = True) -> Certificate:
+        return self.state.certificate(self.first_sample, self.sampler.batch_size, image, moments=moments)
 
     def finish(self) -> Certificate:
         """Take all samples that are left."""
@@ -94,7 +101,7 @@ class _Run:
                     break
         certificate = self.certificate()
         if self.checkpoint is not None:
-            certificate.save(self.checkpoint)
+            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size)
         if interrupt.requested:
             raise CertifyInterrupted(certificate)
         return certificate
@@ -105,11 +112,18 @@ class _Run:
         ``before``: samples that it had one batch ago. A look is due where the schedule has one in between.
         """
         done = self.state.done[image]
-        if self.stop is None or done < _next_look(before):
+        if self.stop is None:
             return
-        share = self.certificate(image).overlap(self.stop.k, self.stop.radius).share
+        moments = done in self.moment_looks
+        self.wanted[image] = self._next_moment_look(done)
+        if done < _next_look(before) and not moments:
+            return
+        share = self.certificate(image, moments=moments).overlap(self.stop.k, self.stop.radius).share
         if float(share) >= self.stop.overlap:
             self.wanted[image] = done
+
+    def _next_moment_look(self, done: int) -> int:
+        return next((look for look in self.moment_looks if look > done), self.samples)
 
     def _report(self, image: int) -> None:
         done = self.state.done[image]
@@ -117,11 +131,15 @@ class _Run:
         over = done == self.wanted[image]
         if self.progress is not None and (over or now - self.last_report >= _REPORT_SECONDS):
             self.last_report = now
-            self.progress(Progress(image, len(self.state.done), done, self.samples, lambda: self.certificate(image)))
+            self.progress(
+                Progress(
+                    image, len(self.state.done), done, self.samples, lambda: self.certificate(image, moments=False)
+                )
+            )
 
     def _save(self) -> None:
         if self.checkpoint is not None and time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS:
-            self.certificate().save(self.checkpoint)
+            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size)
             self.last_save = time.monotonic()
 
 
@@ -143,7 +161,7 @@ def _resumable(path: Path, wanted: Settings) -> Certificate | None:
     if not path.exists():
         return None
     found = Certificate.load(path)
-    moving = ("intervals", "batch_size", "versions", "backends")
+    moving = ("intervals", "batch_size", "folded", "versions", "backends")
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
     if differ:
@@ -172,6 +190,8 @@ def certify(
     alpha: float = 0.05,
     bound: str | None = None,
     slack: int | None = None,
+    second_moment: bool = True,
+    retain: int = 2048,
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
     on_nonfinite: str = "raise",
@@ -196,6 +216,10 @@ def certify(
         alpha: probability that any statement of the certificate is wrong.
         bound: "betting", "kl", "clopper-pearson" (levels=1) or "hoeffding"; default betting, or kl for levels=None.
         slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
+        second_moment: set .45 alpha aside for second moments (T7), which certify overlap at larger radii, distances and
+            cosines. levels=None has none.
+        retain: samples of each image whose maps are kept (one bit per element at levels=1, else four) until there are
+            as many, for T7: 4 to 8192, taken from the first. Memory is constant in ``samples``.
         stop: end an image's sampling early, once this is certified; takes bound="betting".
         batch_size: rows per forward pass, or "auto" for a short measured trial.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
@@ -229,6 +253,8 @@ def certify(
     check_bound(bound, levels)
     if stop is not None and bound != "betting":
         raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
+    _check.integer("retain", retain, 4, 8192)
+    second_moment = second_moment and levels is not None
     classes_wanted = check_target(target, x)
     ids = check_image_ids(image_ids, x)
     private = _model.private_copy(model)
@@ -249,6 +275,8 @@ def certify(
         alpha=alpha,
         bound=bound,
         slack=slack,
+        second_moment=second_moment,
+        retain=retain if second_moment else 0,
         on_nonfinite=on_nonfinite,
         model_fingerprint=_model.fingerprint(model),
         input_hashes=tuple(_model.input_hash(image) for image in x),
@@ -258,11 +286,12 @@ def certify(
         raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
     path = None if checkpoint is None else Path(checkpoint)
     resumed = None if path is None else _resumable(path, settings)
-    state = State(settings, x.shape[0], sampler.prepare(), x.device)
-    if resumed is None:
+    classes = sampler.prepare()
+    state = State(dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device)
+    if resumed is None or path is None:
         sampler.set_batch_size(batch_size, samples * x.shape[0])
     else:
-        state.restore(resumed)
+        state.restore(path)
         sampler.set_batch_size(resumed.settings.batch_size or batch_size, samples)
     report = _print_progress if progress is True else progress or None
     return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

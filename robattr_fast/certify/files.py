@@ -20,6 +20,9 @@ FORMAT = "robattr-fast certificate 1"
 MAX_HEADER = 1_000_000
 """Bytes. A longer header is refused before it is parsed."""
 
+CHECKPOINT = "checkpoint."
+"""Prefix of tensors that a checkpoint adds to the certificate so far; they are no part of the certificate."""
+
 _BLANK = "0" * 64
 
 

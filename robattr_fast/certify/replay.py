@@ -21,6 +21,7 @@ from robattr_fast.certify.marginal import top_k
 from robattr_fast.certify.state import State
 from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
+from robattr_fast.reference._select import selected
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling import Sampler, Segment, next_batch
 
@@ -66,7 +67,8 @@ def replay(
       certificate is found at fault with probability at most `FALSE_ALARM`; choose ``seed`` after it was handed over.
 
     A replay of N samples bounds how wrong counts can be, it does not prove them: a count that is off by a few per cent
-    in few elements stays undetected until N comes near q.
+    in few elements stays undetected until N comes near q. Second moments come from the first samples; only a replay of
+    all repeats them.
 
     In another environment (`Replay.differences`) rounding may turn single selections; then an element may differ in
     the share `FLIPS` of the replayed samples.
@@ -142,6 +144,7 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
     """Every sample again, interval by interval."""
     assert cert.settings.intervals is not None and cert.class_counts is not None
     sums: dict[str, torch.Tensor] = {}
+    moments = []
     for first, end in cert.settings.intervals[0]:
         state = State(cert.settings, 1, cert.class_counts.shape[1], sampler.x.device)
         while segments := next_batch(state.done, [end - first], first, sampler.batch_size):
@@ -150,6 +153,7 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
         for name in ("counts", "sums", "invalid", "class_counts"):
             if (part := getattr(state, name)) is not None:
                 sums[name] = sums.get(name, 0) + part.cpu()
+        moments += [rows.summary() for rows in state.retained]
     allowed = 0 if exact else math.ceil(FLIPS * int(cert.samples[0]))
     faults = []
     for name, again in sums.items():
@@ -158,6 +162,10 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
         tolerance = max(allowed, 1e-6 if name == "sums" else 0)
         if (wrong := int((off > tolerance).sum())) > 0:
             faults.append(f"{name}: {wrong} of {off.numel()} entries are not what all samples give, by up to {off.max():g}")
+    # Merged certificates have none; elsewhere they move with the counts, by amounts that nothing here bounds.
+    recorded = cert.gram_summary
+    if exact and recorded is not None and recorded.any() and not torch.allclose(moments[0], recorded[0], rtol=1e-9):
+        faults.append("gram_summary: the second moments are not those of the first samples")
     return faults
 
 
@@ -176,7 +184,7 @@ class _Drawn:
         self.mass = np.zeros(len(chosen))
         """Per sample, in the order of the choice, the sum of its map over the displayed top-k, as a share of k_tau."""
         top = top_k(cert.map.flatten(1), k)[0].to(sampler.x.device)
-        largest = max_support(settings.tau, settings.n)
+        largest = selected(settings.tau, settings.n)
         for batch in _batches(chosen, settings.intervals[0], sampler.batch_size, in_place=in_place):
             scored = sampler.run([Segment(0, sample, 1) for sample, _ in batch])
             for (_, position), one in zip(batch, scored, strict=True):
@@ -192,13 +200,8 @@ class _Drawn:
                     self.values[:, 0] += row.double().cpu().numpy()
                     continue
                 level = (row * settings.levels).round().long().cpu().numpy()
-                selected = level.nonzero()[0]
-                self.values[selected, level[selected] - 1] += 1
-
-
-def max_support(tau: float, n: int) -> int:
-    """k_tau: how many elements the map of one sample selects at most."""
-    return max(1, math.floor(tau * n + 1e-9))
+                inside = level.nonzero()[0]
+                self.values[inside, level[inside] - 1] += 1
 
 
 def _batches(
@@ -248,7 +251,7 @@ def _judge(cert: Certificate, drawn: _Drawn, k: int, *, exact: bool) -> list[str
     if _implausible(votes, drawn.votes, total, drawn.samples, level, flips).any():
         faults.append(f"class_counts: the votes do not fit {drawn.samples} replayed samples")
     top = top_k(cert.map.flatten(1), k)[0]
-    mass = float(cert.map.flatten(1)[0, top].sum()) * total / max_support(settings.tau, settings.n)
+    mass = float(cert.map.flatten(1)[0, top].sum()) * total / selected(settings.tau, settings.n)
     if mean_refuted(drawn.mass, mass, total, level, margin=0.0 if exact else FLIPS):
         faults.append(
             f"counts: the total over the top {k} elements does not fit {drawn.samples} replayed samples "

@@ -21,11 +21,12 @@ Interval = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How bounds are computed from the counts: alpha, bound, slack as in `Settings`."""
+    """How statements are computed from the counts: alpha, bound, slack, second_moment as in `Settings`."""
 
     alpha: float
     bound: str
     slack: int | None
+    second_moment: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,12 @@ class Settings:
         bound: name of the bound of the marginals, see `bounds.BOUNDS`.
         slack: number m of wrong bounds that are paid for (T4); None: the best for each query with betting, else 0.
         second_moment: a part of alpha is set aside for second moments (T7).
+        retain: number m of samples whose packed levels are kept for second moments: the first of each image.
         on_nonfinite: one of `NONFINITE`.
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         model_fingerprint, input_hashes: of the model, and of each image.
-        device, batch_size, backends, versions: where and how the samples were taken; backends per operator.
+        device, batch_size, folded, backends, versions: where and how the samples were taken: rows per forward pass,
+            whether BatchNorm was folded, backends per operator.
 
     Raises:
         ValueError: a value outside its range.
@@ -74,12 +77,14 @@ class Settings:
     bound: str = "betting"
     slack: int | None = None
     second_moment: bool = False
+    retain: int = 0
     on_nonfinite: str = "raise"
     exploration: Evaluation | None = None
     model_fingerprint: str | None = None
     input_hashes: tuple[str, ...] | None = None
     device: str | None = None
     batch_size: int | None = None
+    folded: bool | None = None
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -92,6 +97,8 @@ class Settings:
             raise ValueError(f"shape must name at least one dimension of positive size, got {self.shape}")
         if self.levels is not None and self.levels < 1:
             raise ValueError(f"levels must be at least 1 or None, got {self.levels}")
+        if self.retain < 0:
+            raise ValueError(f"retain must not be negative, got {self.retain}")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {self.on_nonfinite!r}")
         for evaluation in (self.declared, self.evaluation):
@@ -117,7 +124,7 @@ class Settings:
     @property
     def declared(self) -> Evaluation:
         """What was fixed before sampling; slack None where the best one is taken, which betting alone allows."""
-        return _resolved(Evaluation(self.alpha, self.bound, self.slack))
+        return _resolved(Evaluation(self.alpha, self.bound, self.slack, self.second_moment))
 
     @property
     def evaluation(self) -> Evaluation:
@@ -130,7 +137,7 @@ class Settings:
         return self._allot(self.evaluation)
 
     def _allot(self, used: Evaluation) -> AlphaLedger:
-        return AlphaLedger.allot(used.alpha, bound=used.bound, slack=used.slack, second_moment=self.second_moment)
+        return AlphaLedger.allot(used.alpha, bound=used.bound, slack=used.slack, second_moment=used.second_moment)
 
     def exploring(self, evaluation: Evaluation) -> "Settings":
         """The same settings evaluated differently; with what was declared it is the certificate itself again."""

@@ -1,17 +1,23 @@
-"""The integer state of a run: what is kept of the samples, equal for any order in which they come."""
+"""The state of a run: what is kept of the samples. Integers, but for sums where levels is None."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 
 import torch
 
 from robattr_fast import model as _model
+from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
+from robattr_fast.certify.moments import no_summary, summary_row
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
+from robattr_fast.reference import pack_levels
+from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.sampling import Scored
 
 
@@ -28,6 +34,9 @@ class State:
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
         self.done = [0] * images
+        keeps = settings.retain > 0 and settings.levels is not None
+        assert settings.planned_samples is not None
+        self.retained = [Retained(settings, planned) for planned in settings.planned_samples] if keeps else []
 
     def add(self, scored: Scored, first_sample: int) -> None:
         """Count the samples of one segment, which follow those that its image has."""
@@ -35,6 +44,8 @@ class State:
         assert segment.first_sample == first_sample + self.done[segment.image]
         scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
+        if self.retained:
+            self.retained[segment.image].add(scores)
         votes = scored.logits.argmax(dim=1)
         if invalid:
             valid = torch.isfinite(scores).all(dim=1)
@@ -69,8 +80,10 @@ class State:
         self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
         return int(h.isnan().any(dim=1).sum())
 
-    def certificate(self, first_sample: int, batch_size: int, image: int | None = None) -> Certificate:
-        """The certificate of all samples so far, of one image or of all."""
+    def certificate(
+        self, first_sample: int, batch_size: int, image: int | None = None, *, moments: bool = True
+    ) -> Certificate:
+        """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
         chosen = slice(None) if image is None else slice(image, image + 1)
         settings = self.settings if image is None else self.settings.select([image])
         done = self.done[chosen]
@@ -85,13 +98,92 @@ class State:
             samples=torch.tensor(done, dtype=torch.int64),
             invalid=copied(self.invalid),
             class_counts=copied(self.class_counts),
+            gram_summary=self._summaries(range(len(self.done))[chosen]) if moments and self.retained else None,
             settings=dataclasses.replace(settings, intervals=intervals, batch_size=batch_size),
         )
 
-    def restore(self, certificate: Certificate) -> None:
-        """Go on from a certificate of the same run."""
+    def _summaries(self, images: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.retained[image].summary() for image in images])
+
+    def save(self, path: str | os.PathLike, first_sample: int, batch_size: int) -> None:
+        """Write the certificate so far and, where the retained rows are not complete yet, the rows."""
+        certificate = self.certificate(first_sample, batch_size, moments=False)
+        tensors = dict(certificate.tensors)
+        if self.retained:
+            complete = [rows.summary() if rows.complete else no_summary(1)[0] for rows in self.retained]
+            tensors["gram_summary"] = torch.stack(complete)
+            tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([rows.invalid for rows in self.retained])
+            for image, rows in enumerate(self.retained):
+                if rows.packed is not None:
+                    tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.packed[: rows.filled]
+        files.save(path, tensors, certificate.settings.to_json())
+
+    def restore(self, path: str | os.PathLike) -> None:
+        """Go on from what `save` wrote."""
+        tensors, _ = files.load(path)
         for name in ("counts", "sums", "invalid", "class_counts"):
             mine = getattr(self, name)
             if mine is not None:
-                mine.copy_(getattr(certificate, name))
-        self.done = certificate.samples.tolist()
+                mine.copy_(tensors[name])
+        self.done = tensors["samples"].tolist()
+        for image, rows in enumerate(self.retained):
+            rows.restore(
+                self.done[image],
+                int(tensors[f"{files.CHECKPOINT}invalid"][image]),
+                tensors["gram_summary"][image],
+                tensors.get(f"{files.CHECKPOINT}rows.{image}"),
+            )
+
+
+class Retained:
+    """The packed levels of an image's first samples, until there are as many as planned; then their summary alone."""
+
+    def __init__(self, settings: Settings, planned: int) -> None:
+        self.settings = settings
+        self.capacity = min(settings.retain, planned)
+        self.filled = self.invalid = 0
+        self.packed: torch.Tensor | None = None
+        self._summary: torch.Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.filled == self.capacity
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Keep the maps of the next samples, scores [count, n]; those beyond the plan are not kept."""
+        scores = scores[: self.capacity - self.filled]
+        if not len(scores):
+            return
+        settings = self.settings
+        assert settings.levels is not None
+        assert settings.tau is not None
+        h = sparsify(scores, settings.tau, settings.gamma, levels=settings.levels)
+        levels = (h.nan_to_num(nan=0.0) * settings.levels).round_().to(torch.uint8)
+        if self.packed is None:
+            row_bytes = packed_row_bytes(settings.n, settings.levels)
+            self.packed = torch.zeros((self.capacity, row_bytes), dtype=torch.uint8)
+        self.packed[self.filled : self.filled + len(scores)] = pack_levels(levels, settings.levels)
+        self.invalid += int(h.isnan().any(dim=1).sum())
+        self.filled += len(scores)
+        self._summary = None
+        if self.complete:
+            self.summary()
+            self.packed = None
+
+    def summary(self) -> torch.Tensor:
+        """``gram_summary`` float64 [8] of the rows so far."""
+        if self._summary is None:
+            if self.packed is None:
+                return no_summary(1)[0]
+            assert self.settings.levels is not None
+            self._summary = summary_row(self.packed[: self.filled], self.settings.levels, self.invalid)
+        return self._summary
+
+    def restore(self, done: int, invalid: int, summary: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Go on from a checkpoint."""
+        self.filled, self.invalid = min(done, self.capacity), invalid
+        if self.complete:
+            self._summary = summary
+        elif rows is not None:
+            self.packed = torch.zeros((self.capacity, rows.shape[1]), dtype=torch.uint8)
+            self.packed[: self.filled] = rows

@@ -1,0 +1,72 @@
+"""What the tensors of a certificate must be, and that they agree with each other and with its settings."""
+
+from __future__ import annotations
+
+import torch
+
+from robattr_fast.certify.moments import SUMMARY_COLUMNS
+from robattr_fast.certify.settings import PER_IMAGE, Settings
+
+DTYPES = {
+    "samples": torch.int64,
+    "counts": torch.int32,
+    "sums": torch.float64,
+    "invalid": torch.int32,
+    "class_counts": torch.int32,
+    "gram_summary": torch.float64,
+}
+
+
+def check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
+    """Raises unless dtypes, shapes and counts agree with each other and with the settings."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != DTYPES[name]:
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name} must be a tensor of {DTYPES[name]}, got {kind}")
+    kept = "counts" if settings.levels is not None else "sums"
+    if ("counts" in tensors, "sums" in tensors) != (kept == "counts", kept == "sums"):
+        raise ValueError(
+            f"levels={settings.levels} takes {kept} alone, got {sorted(tensors.keys() & {'counts', 'sums'})}"
+        )
+    samples, invalid, values = tensors["samples"], tensors["invalid"], tensors[kept]
+    images, n = samples.numel(), settings.n
+    expected = {
+        "samples": (images,),
+        "invalid": (images,),
+        "counts": (images, n, settings.levels),
+        "sums": (images, n),
+        "gram_summary": (images, SUMMARY_COLUMNS),
+    }
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}")
+    if images == 0:
+        raise ValueError("a certificate needs at least one image")
+    if (samples < 0).any() or (invalid < 0).any() or (invalid > samples).any():
+        raise ValueError("invalid samples must be between 0 and samples")
+    if settings.on_nonfinite == "raise" and invalid.any():
+        raise ValueError(f"on_nonfinite='raise' leaves no invalid samples, got {invalid.tolist()}")
+    valid = samples - invalid
+    total = values if kept == "sums" else values.sum(2, dtype=torch.int64)
+    # Written so that NaN fails.
+    if not ((values >= 0).all() and (total <= valid[:, None]).all()):
+        raise ValueError(f"{kept} of an element must not be negative, nor exceed the valid samples together")
+    if (votes := tensors.get("class_counts")) is not None:
+        if votes.ndim != 2 or votes.shape[0] != images or votes.shape[1] == 0:
+            raise ValueError(f"class_counts must have shape [{images}, classes], got {list(votes.shape)}")
+        if (votes < 0).any() or (votes.sum(1, dtype=torch.int64) > valid).any():
+            raise ValueError("class_counts must not be negative, nor exceed the valid samples together")
+    for name in PER_IMAGE:
+        entries = getattr(settings, name)
+        if entries is not None and len(entries) != images:
+            raise ValueError(f"{name} must have one entry per image, got {len(entries)} for {images}")
+    if settings.intervals is not None:
+        lengths = [sum(end - start for start, end in image) for image in settings.intervals]
+        if lengths != samples.tolist():
+            raise ValueError(f"intervals hold {lengths} samples, samples say {samples.tolist()}")
+    if (summary := tensors.get("gram_summary")) is not None:
+        rows = summary[:, 0]
+        if not (summary.isfinite().all() and (summary >= 0).all() and (rows % 1 == 0).all()):
+            raise ValueError("gram_summary must be finite and not negative, with a whole number of rows")
+        if (rows > samples).any() or (rows > settings.retain).any() or (summary[:, -1] > rows).any():
+            raise ValueError(f"gram_summary must come from at most retain={settings.retain} of the samples")

@@ -1,0 +1,109 @@
+"""T7 for the images of a certificate: from what it stores to `SecondMoments`, or to the reason why there are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from robattr_fast.certify.concentration import GramSummary, look_schedule, mean_map, summarize_gram
+from robattr_fast.certify.second_moment import SecondMoments, TopKCost, box_overlap, second_moments
+from robattr_fast.certify.settings import Settings
+from robattr_fast.ops.packed_gram import packed_gram
+from robattr_fast.reference._select import selected
+
+SUMMARY_COLUMNS = 8
+"""Of a ``gram_summary`` row: the seven numbers of `GramSummary`, and how many of its rows were invalid."""
+
+_FEWEST_ROWS = 4
+
+
+def no_summary(images: int) -> torch.Tensor:
+    """``gram_summary`` float64 [B, 8] of images without retained samples."""
+    return torch.zeros(images, SUMMARY_COLUMNS, dtype=torch.float64)
+
+
+def summary_row(rows: torch.Tensor, num_levels: int, invalid: int) -> torch.Tensor:
+    """``gram_summary`` float64 [8] of packed rows uint8 [m, row_bytes], ``invalid`` of them not finite.
+
+    Zeros for fewer than 4 rows, from which nothing follows.
+    """
+    if len(rows) < _FEWEST_ROWS:
+        return no_summary(1)[0]
+    summary = summarize_gram(packed_gram(rows, num_levels), num_levels)
+    return torch.from_numpy(np.append(summary.to_array(), float(invalid)))
+
+
+class Moments:
+    """What T7 proves about one image of a certificate.
+
+    Attributes:
+        proved: `SecondMoments`, or None.
+        reason: why `proved` is None; else None.
+    """
+
+    def __init__(
+        self, settings: Settings, image: int, counts: torch.Tensor, samples: int, summary: torch.Tensor, invalid: int
+    ) -> None:
+        """counts int32 [n, L] and ``gram_summary`` [8] of one image."""
+        self.reason = _why_not(settings, image, samples, summary)
+        self.proved: SecondMoments | None = None
+        self._costs: dict[int, TopKCost] = {}
+        if self.reason is not None:
+            return
+        abstains = settings.on_nonfinite == "abstain"
+        self.mean = mean_map(counts, samples)
+        self.proved = second_moments(
+            counts,
+            samples,
+            GramSummary.from_array(summary[:-1].numpy()),
+            planned=_planned(settings, image, samples),
+            retained=settings.retain,
+            k_tau=settings.n if settings.tau is None else selected(settings.tau, settings.n),
+            sigma=settings.sigma,
+            alpha=settings.ledger.moment,
+            invalid=invalid if abstains else 0,
+            invalid_rows=int(summary[-1]) if abstains else 0,
+        )
+
+    def _cost(self, k: int) -> TopKCost:
+        if k not in self._costs:
+            self._costs[k] = TopKCost(self.mean, k)
+        return self._costs[k]
+
+    def overlap(self, k: int, radius: float) -> int:
+        """How many of the displayed top-k stay; 0 where nothing is proved."""
+        return 0 if self.proved is None else self._cost(k).overlap(self.proved.distance(radius))
+
+    def boxed_overlap(self, k: int, radius: float, lower: torch.Tensor, upper: torch.Tensor, slack: int) -> int:
+        """The same with the boxes of T3, float64 [n], at x, of which at most ``slack`` bounds fail."""
+        if self.proved is None:
+            return 0
+        shift = radius / self.proved.sigma
+        low, high = (torch.special.ndtri(bound) for bound in (lower, upper))
+        normal_cdf = torch.special.ndtr
+        distance = self.proved.distance(radius)
+        return box_overlap(self.mean, k, distance, normal_cdf(low - shift), normal_cdf(high + shift), slack)
+
+    def radius(self, k: int, count: int) -> float:
+        """The largest radius within which ``count`` of the displayed top-k stay."""
+        return 0.0 if self.proved is None else self.proved.radius(self._cost(k).distance(count))
+
+
+def _planned(settings: Settings, image: int, samples: int) -> int:
+    return samples if settings.planned_samples is None else settings.planned_samples[image]
+
+
+def _why_not(settings: Settings, image: int, samples: int, summary: torch.Tensor) -> str | None:
+    if settings.levels is None:
+        return "levels=None keeps sums, which have no second moments"
+    if settings.ledger.moment == 0:
+        return "no part of alpha was set aside for second moments (second_moment=False)"
+    if int(summary[0]) == 0:
+        return f"fewer than {_FEWEST_ROWS} samples were retained"
+    planned = _planned(settings, image, samples)
+    if planned < 2 or samples not in look_schedule(planned):
+        looks = ", ".join(map(str, sorted(look_schedule(max(planned, 2)))))
+        return f"it was planned to look at {looks} samples, and there are {samples}"
+    if int(summary[0]) != min(settings.retain, samples):
+        return f"{int(summary[0])} samples were retained, not the first {min(settings.retain, samples)}"
+    return None
