@@ -1,4 +1,4 @@
-"""Where samples are taken. Equal counts are promised for equal environments: elsewhere a model may round differently."""
+"""Where samples are taken. Equal environments give equal counts; elsewhere a model may round differently."""
 
 from __future__ import annotations
 

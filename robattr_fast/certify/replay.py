@@ -125,7 +125,8 @@ def _check_replayable(cert: Certificate) -> None:
 
 def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sampler, State]:
     settings = cert.settings
-    assert settings.seed is not None and settings.explain is not None
+    assert settings.seed is not None
+    assert settings.explain is not None
     sampler = Sampler(
         _model.private_copy(model),
         x[None],
@@ -142,7 +143,8 @@ def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sam
 
 def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[str]:
     """Every sample again, interval by interval."""
-    assert cert.settings.intervals is not None and cert.class_counts is not None
+    assert cert.settings.intervals is not None
+    assert cert.class_counts is not None
     sums: dict[str, torch.Tensor] = {}
     moments = []
     for first, end in cert.settings.intervals[0]:
@@ -161,7 +163,9 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
         # Float sums depend on the order of the samples only where intervals were merged.
         tolerance = max(allowed, 1e-6 if name == "sums" else 0)
         if (wrong := int((off > tolerance).sum())) > 0:
-            faults.append(f"{name}: {wrong} of {off.numel()} entries are not what all samples give, by up to {off.max():g}")
+            faults.append(
+                f"{name}: {wrong} of {off.numel()} entries are not what all samples give, by up to {off.max():g}"
+            )
     # Merged certificates have none; elsewhere they move with the counts, by amounts that nothing here bounds.
     recorded = cert.gram_summary
     if exact and recorded is not None and recorded.any() and not torch.allclose(moments[0], recorded[0], rtol=1e-9):
@@ -176,7 +180,8 @@ class _Drawn:
         self, cert: Certificate, sampler: Sampler, state: State, chosen: np.ndarray, k: int, *, in_place: bool
     ) -> None:
         settings = cert.settings
-        assert settings.intervals is not None and settings.tau is not None
+        assert settings.intervals is not None
+        assert settings.tau is not None
         self.samples = len(chosen)
         self.values = np.zeros((settings.n, settings.levels or 1), np.int64 if settings.levels else np.float64)
         self.votes = np.zeros(state.class_counts.shape[1] + 1, np.int64)
@@ -218,7 +223,7 @@ def _batches(
         offset = ordinal - int(starts[interval])
         located.append((intervals[interval][0] + offset, position, offset % batch_size))
     if not in_place:
-        rows = [(sample, position) for sample, position, _ in located]
+        rows: list[tuple[int, int | None]] = [(sample, position) for sample, position, _ in located]
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     batches: list[list[tuple[int, int | None]]] = []
     used = [0] * batch_size
@@ -233,7 +238,8 @@ def _batches(
 def _judge(cert: Certificate, drawn: _Drawn, k: int, *, exact: bool) -> list[str]:
     settings, total, level = cert.settings, int(cert.samples[0]), FALSE_ALARM / 3
     flips = 0 if exact else math.ceil(FLIPS * drawn.samples)
-    assert settings.tau is not None and cert.class_counts is not None
+    assert settings.tau is not None
+    assert cert.class_counts is not None
     faults = []
     if cert.counts is not None:
         claimed = _with_rest(cert.counts[0].numpy().astype(np.int64), total)
@@ -245,7 +251,9 @@ def _judge(cert: Certificate, drawn: _Drawn, k: int, *, exact: bool) -> list[str
         tolerance = flips + 1e-6
         wrong = (found > claimed + tolerance) | (drawn.samples - found > total - claimed + tolerance)
     if wrong.any():
-        faults.append(f"counts: {int(wrong.sum())} of {settings.n} elements do not fit {drawn.samples} replayed samples")
+        faults.append(
+            f"counts: {int(wrong.sum())} of {settings.n} elements do not fit {drawn.samples} replayed samples"
+        )
     votes = np.append(cert.class_counts[0].numpy(), 0).astype(np.int64)
     votes[-1] = total - votes.sum()
     if _implausible(votes, drawn.votes, total, drawn.samples, level, flips).any():
