@@ -27,7 +27,7 @@ test: install
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own.
 test-interpret: install
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and not gradient" tests/test_noisy_samples.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 #include "cpu/operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
+  m.impl("betting_bounds", TORCH_BOX(&robattr_fast::betting_bounds));
   m.impl("noisy_samples", TORCH_BOX(&robattr_fast::noisy_samples));
   m.impl("packed_gram", TORCH_BOX(&robattr_fast::packed_gram));
   m.impl("topk_threshold", TORCH_BOX(&robattr_fast::topk_threshold));

@@ -1,7 +1,7 @@
 """x + sigma * z for many samples; definition: robattr_fast/reference/noisy_samples.py.
 
 One program makes BLOCKS Philox blocks of one sample of one image: four normals each, at elements
-tile * 64 + word * 16 + lane for block = tile * 16 + lane. Sixteen neighbouring lanes store 64 bytes (float32) at a time.
+tile * 64 + word * 16 + lane for block = tile * 16 + lane. Sixteen neighbouring lanes store 64 bytes of float32.
 """
 
 import torch

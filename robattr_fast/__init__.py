@@ -10,7 +10,7 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "StopWhen",
     "backends",
+    "betting_bounds",
     "certify",
     "count_sparsified_",
     "noisy_samples",

@@ -1,8 +1,9 @@
-"""Loads the compiled extension, if there is one. It is never built here: see `robattr_fast.build`."""
+"""What can run here: the compiled extension, if there is one (`robattr_fast.build` makes it), and Triton."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 
 import torch
@@ -38,6 +39,15 @@ def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     if device.type != "cpu":
         return False, f"the cpu backend takes CPU tensors, got {device}"
     return load()
+
+
+def can_run_triton(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """`backends.Implementation.can_run` of every Triton kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed (pip install 'robattr-fast[triton]')"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return True, ""
+    return False, f"triton takes CUDA tensors, got {device} (TRITON_INTERPRET=1 interprets it on the CPU)"
 
 
 def can_run_anywhere(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

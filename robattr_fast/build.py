@@ -23,6 +23,7 @@ CXX_FLAGS += [
     "-Wextra",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
     "-Wno-unused-parameter",
     "-Wno-unknown-pragmas",
 ]

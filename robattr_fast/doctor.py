@@ -1,7 +1,8 @@
 """What this installation is made of, and whether its operators compute what they should.
 
 `examine` is the whole report. A self-check runs the chosen backend of one operator on small cases: against results that
-are known beforehand, and bit for bit against the reference.
+are known beforehand, and against the reference: bit for bit, save for bounds, which every backend rounds outwards in
+its own way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from robattr_fast import _extension, backends, ops, reference
+from robattr_fast.reference.betting_bounds import betting_shares
 
 _LINKS = ("kernels", "csrc")
 _OPTIONAL = (
@@ -199,12 +201,38 @@ def _check_packed_gram(device: torch.device) -> list[Case]:
     return cases
 
 
+def _check_betting_bounds(device: torch.device) -> list[Case]:
+    counts = torch.tensor([[[0], [1]]], dtype=torch.int32, device=device)
+    lower, upper = ops.betting_bounds(counts, 1, 0.1)
+    share = betting_shares().mean().item()
+    closed = share / (share + 9)  # one sample of value 1: W(m) = 1 - share + share / m = 10
+    cases = [
+        ("lower bound of zeros", lower[0, :1], torch.zeros(1, dtype=torch.float64)),
+        ("upper bound of ones", upper[0, 1:], torch.ones(1, dtype=torch.float64)),
+        _close("lower bound of one sample", lower[0, 1:], torch.tensor([closed], dtype=torch.float64)),
+        _close("upper bound of one sample", 1 - upper[0, :1], torch.tensor([closed], dtype=torch.float64)),
+    ]
+    for levels in (1, 15):
+        counts = (_scores(device)[0, :, : 5 * levels].int() % 97).view(1, -1, levels)
+        bounds = ops.betting_bounds(counts, 1500, 1e-3), reference.betting_bounds(counts, 1500, 1e-3)
+        for name, got, expected in zip(("lower", "upper"), *bounds, strict=True):
+            cases.append(_close(f"{name} bound, levels={levels}", got, expected))
+    return cases
+
+
+def _close(what: str, got: torch.Tensor, expected: torch.Tensor) -> Case:
+    """A case of which a backend need not give the expected bits: values nearer than 1e-9 pass for the expected ones."""
+    got, expected = got.cpu(), expected.cpu()
+    return what, torch.where((got - expected).abs() <= 1e-9 * expected, expected, got), expected
+
+
 CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
     "noisy_samples": _check_noisy_samples,
     "topk_threshold": _check_topk_threshold,
     "sparsify": _check_sparsify,
     "count_sparsified_": _check_count_sparsified_,
     "packed_gram": _check_packed_gram,
+    "betting_bounds": _check_betting_bounds,
 }
 """Per operator the cases of its self-check, through the public function on the backend in force."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -74,7 +75,9 @@ def fold_batchnorm(model: nn.Module, batch: torch.Tensor) -> tuple[nn.Module, bo
         exact = _fold(_model.private_copy(model).double(), pairs)
         ours = _model.input_gradient(exact, batch.double(), None)
         theirs = _model.input_gradient(_model.private_copy(model).double(), batch.double(), None)
-    except ModelError as error:
+    except Exception as error:
+        if not (isinstance(error, ModelError) or _model.is_out_of_memory(error)):
+            raise
         _logger.info("BatchNorm is not folded: the models cannot be compared in float64 (%s)", error)
         return model, False
     difference = max(_difference(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -88,13 +91,8 @@ def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     """``model`` itself, with each pair of layers replaced by the layer that does the work of both."""
     for layer_name, norm_name in pairs:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        fused: nn.Module
-        if isinstance(layer, nn.Linear):
-            fused = fuse_linear_bn_eval(layer, norm)
-        else:
-            assert isinstance(layer, nn.modules.conv._ConvNd)
-            fused = fuse_conv_bn_eval(layer, norm)
+        fuse: Callable[..., nn.Module] = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        fused = fuse(layer, norm)
         model.set_submodule(layer_name, fused.requires_grad_(False))
         model.set_submodule(norm_name, nn.Identity().eval())
     return model

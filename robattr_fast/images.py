@@ -154,8 +154,11 @@ def to_tensor(image: Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def centre_crop(size: int, *, fraction: float = 1.0) -> Preprocess:
-    """A preprocess: the central square, `fraction` of the shorter side wide, resized (bicubic) to size x size."""
+def centre_crop(size: int, *, fraction: float = 1.0, interpolation: str = "bicubic") -> Preprocess:
+    """A preprocess: the central square, `fraction` of the shorter side wide, resized to size x size.
+
+    interpolation: the name of one of Pillow's (PIL.Image.Resampling), in small letters.
+    """
     if size < 1:
         raise ValueError(f"size: got {size}, takes an integer >= 1")
 
@@ -165,7 +168,7 @@ def centre_crop(size: int, *, fraction: float = 1.0) -> Preprocess:
         side = min(image.size) * fraction
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
-        return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        return to_tensor(image.resize((size, size), Image.Resampling[interpolation.upper()], box=box))
 
     return preprocess
 

@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from robattr_fast import exported
 from robattr_fast.errors import ModelError
 
 # callable(model, batch [N, *S], target [N] or None) -> scores [N, *S]
@@ -20,13 +21,18 @@ EXPLANATIONS = ("gradient", "input_x_gradient")
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares the parameters' memory, detached and frozen; buffers are its own.
 
+    A module that torch.export made always says that it is in training mode: of such a one the graph is judged.
+
     Raises:
         TypeError: not a Module. ModelError: training mode, or a model that cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    graphs = exported.graphs(model)
+    for name, graph in graphs.items():
+        exported.check_mode(name, graph)
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and not exported.contains(graphs, name):
             where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
             raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
@@ -37,11 +43,15 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the architecture as printed and of every parameter and buffer: name, dtype, shape, bytes."""
+    """SHA-256 of the architecture as printed and of every tensor that a module holds: name, dtype, shape, bytes."""
     digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):  # printed, it names its parts and not what it does with them
+            digest.update(module.code.encode())
+        # Plain attributes too: torch.export keeps constants so.
+        tensors |= {f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -54,12 +64,27 @@ def input_hash(x: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def batch_sizes(model: nn.Module) -> tuple[int, int | None]:
+    """(least, most) rows that one forward takes, as far as the model tells; most is None where nothing bounds it."""
+    ranges = [exported.batch_sizes(graph) for graph in exported.graphs(model).values()]
+    most = [high for _, high in ranges if high is not None]
+    return max((low for low, _ in ranges), default=1), min(most, default=None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of torch gave up. That of the CPU raises a plain RuntimeError."""
+    words = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Logits [N, classes] of a batch [N, *S]; ModelError says what is wrong with anything else."""
     try:
         logits = model(batch)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         shape = tuple(batch.shape)
         raise ModelError(f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}") from error

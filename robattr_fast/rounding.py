@@ -11,8 +11,8 @@ def percent(share: float) -> str:
 
 
 def radius(value: float) -> str:
-    """A certified radius, rounded down to three significant digits."""
+    """A certified radius, rounded down to three significant digits (what is certified holds below it)."""
     if value <= 0 or math.isinf(value):
         return "0" if value <= 0 else "any"
     digits = 2 - math.floor(math.log10(value))
-    return f"{math.floor(value * 10**digits * (1 + 1e-12)) / 10**digits:.{max(0, digits)}f}"
+    return f"{math.floor(value * 10**digits) / 10**digits:.{max(0, digits)}f}"

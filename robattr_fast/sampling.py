@@ -6,21 +6,28 @@ batch is padded to the fixed size and the surplus dropped: a model may round dif
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.errors import ModelError
 from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
 
-_FOLDING_ROWS = 2  # on which a folded model is compared with the model as it was
+_logger = logging.getLogger("robattr_fast")
+
+_FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -82,20 +89,28 @@ class Sampler:
         self.explain = explain
         self.seed = _check.seed(seed)
         self.image_ids = image_ids
+        self.least, self.most = _model.batch_sizes(model)
         self.folded = False
-        self.batch_size = 1
+        self.batch_size = self._clamped(_FIRST_ROWS)
         self._buffer = torch.empty(0)
 
     def prepare(self) -> int:
         """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
-        with torch.no_grad():
-            classes = _model.forward(self.model, self.x[:1]).shape[1]
+        alone = self._sparing(self._logits_of_one_row)
+        classes = alone.shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
-        self._run([Segment(0, 0, _FOLDING_ROWS)], _FOLDING_ROWS)
+        (first,) = self._sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
+        _check_fixed(alone, first.logits)
         if isinstance(self.explain, str):  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         return classes
+
+    def _logits_of_one_row(self) -> torch.Tensor:
+        """Of the first sample of the first image, in every row of a batch."""
+        self._fill([Segment(0, 0, 1)] * self.batch_size, self.batch_size)
+        with torch.no_grad():
+            return _model.forward(self.model, self._buffer)
 
     def set_batch_size(self, batch_size: int | str, samples: int) -> None:
         """Rows per forward pass: a number, or "auto" for the fastest by a measured trial before ``samples`` samples."""
@@ -105,14 +120,28 @@ class Sampler:
             raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
         else:
             self.batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
+            if self._clamped(self.batch_size) != self.batch_size:
+                takes = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
+                raise ValueError(
+                    f"batch_size: got {batch_size}, but the model was exported for batches of {takes} rows"
+                )
+
+    def _clamped(self, rows: int) -> int:
+        """The number of rows nearest to ``rows`` that the model takes."""
+        rows = max(rows, self.least)
+        return rows if self.most is None else min(rows, self.most)
 
     def _fastest_batch_size(self, samples: int) -> int:
-        """The fastest of 1, 2, 4, ... rows; stops once larger ones are worse or the trial costs too much."""
-        best, best_time, spent, worse = 1, float("inf"), 0.0, 0
-        size = 1
-        while size <= min(_LARGEST_BATCH, samples):
-            self._run([Segment(0, 0, size)], size)  # first touch of this size: allocation, kernel selection
-            seconds = _timed(lambda size=size: self._run([Segment(0, 0, size)], size))
+        """The fastest of 1, 2, 4, ... rows; stops once larger ones are worse, the trial costs too much, or memory ends.
+
+        A model that takes so many rows at least begins with these.
+        """
+        best, best_time, spent, worse = self.least, float("inf"), 0.0, 0
+        size = self.least
+        while size <= self._clamped(min(_LARGEST_BATCH, samples)):
+            seconds = self._seconds(size)
+            if seconds is None:
+                break
             spent += 2 * seconds
             if seconds / size < 0.98 * best_time:
                 best, best_time, worse = size, seconds / size, 0
@@ -124,19 +153,51 @@ class Sampler:
             size *= 2
         return best
 
-    def run(self, segments: Sequence[Segment]) -> list[Scored]:
-        """Score one batch of at most ``batch_size`` rows."""
-        return self._run(segments, self.batch_size)
+    def _seconds(self, size: int) -> float | None:
+        """Of one batch of this size; None where it does not fit into memory."""
+        batch = [Segment(0, 0, size)]
+        try:
+            self._run(batch, size)  # first touch of this size: allocation, kernel selection
+            start = time.perf_counter()
+            self._run(batch, size)
+            return time.perf_counter() - start
+        except Exception as error:
+            if not _model.is_out_of_memory(error):
+                raise
+        _logger.info("batches of %d rows do not fit into memory", size)
+        return None
 
-    def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+    def run(self, segments: Sequence[Segment]) -> list[Scored]:
+        """Score one batch of at most ``batch_size`` rows.
+
+        Where memory ends, the batch size is halved from here on, and of the segments only as many rows are scored as
+        one such batch holds.
+        """
+        return self._sparing(lambda: self._run(_first_rows(segments, self.batch_size), self.batch_size))
+
+    def _sparing(self, work: Callable[[], _T]) -> _T:
+        """``work()``, again with half the batch size as long as memory ends; ModelError if it cannot be halved."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not _model.is_out_of_memory(error):
+                    raise
+                if self.batch_size // 2 < self.least:
+                    rows = "one row" if self.batch_size == 1 else f"{self.batch_size} rows"
+                    raise ModelError(f"model: it runs out of memory with {rows} per batch ({error})") from error
+            # Outside of the handler: the error holds on to the frames, and so to the memory, of what failed.
+            self._buffer = torch.empty(0)
+            self.batch_size //= 2
+            _logger.warning("out of memory: going on with batches of %d rows", self.batch_size)
+
+    def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
+        """Noisy rows, as many as the segments have, into a buffer of just as many."""
         if self._buffer.shape[:1] != (batch_size,):
+            self._buffer = torch.empty(0)  # the old one goes before the new one comes
             self._buffer = self.x.new_empty((batch_size, *self.x.shape[1:]))
-        last = segments[-1]
-        surplus = batch_size - sum(segment.count for segment in segments)
-        padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
         row = 0
-        images = []
-        for segment in padded:
+        for segment in segments:
             i = segment.image
             fill(
                 self._buffer[row : row + segment.count].unsqueeze(0),
@@ -146,8 +207,14 @@ class Sampler:
                 first_sample=segment.first_sample,
                 image_ids=self.image_ids[i : i + 1],
             )
-            images += [i] * segment.count
             row += segment.count
+
+    def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+        last = segments[-1]
+        surplus = batch_size - sum(segment.count for segment in segments)
+        padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
+        self._fill(padded, batch_size)
+        images = [segment.image for segment in padded for _ in range(segment.count)]
         target = None if self.target is None else self.target[images]
         scores, logits = _model.scores(self.model, self._buffer, target, self.explain)
         row = 0
@@ -159,10 +226,36 @@ class Sampler:
         return scored
 
 
-def _timed(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
+    """The segments cut to ``rows`` rows in all."""
+    kept = []
+    for segment in segments:
+        if count := min(segment.count, rows):
+            kept.append(Segment(segment.image, segment.first_sample, count))
+            rows -= count
+    return kept
+
+
+def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor) -> None:
+    """ModelError unless a sample has the same logits in every row of a batch of its like and beside other samples.
+
+    Logits [N, classes], of which ``alone`` has one sample in all rows, ``mixed`` that sample in the first.
+    """
+    rows = alone.double()
+    # Half of the digits: kernels may round differently from call to call, randomness changes the first digit or two.
+    allowed = torch.finfo(alone.dtype).eps ** 0.5 * float(rows[0].norm())
+    among = float((rows - rows[0]).norm(dim=1).max())
+    if among > allowed:
+        raise ModelError(
+            f"model: equal rows of one batch get different logits (by {among:.1e}): it is random, as by dropout "
+            "that is active in eval mode (torch.nn.functional.dropout without training=self.training)"
+        )
+    apart = float((mixed[0].double() - rows[0]).norm())
+    if apart > allowed:
+        raise ModelError(
+            f"model: the logits of an input change (by {apart:.1e}) with the other rows of the batch, or from call to "
+            "call: a normalisation by the statistics of the batch, or randomness; takes a fixed function of each row"
+        )
 
 
 def check_images(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,11 @@ def needs_extension() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu"])
 def backend(request):
     """Runs the test on each backend that takes CPU tensors."""
     if request.param == "cpu":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from robattr_fast.certify.bounds import marginal_bounds
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.ledger import AlphaLedger
 from robattr_fast.certify.settings import Settings
@@ -389,3 +390,27 @@ def test_settings_refuse(changes, error, words):
 def test_from_samples_refuses(levels, num_levels, error):
     with pytest.raises(error, match="levels"):
         Certificate.from_samples(levels, num_levels=num_levels, sigma=1.0)
+
+
+@pytest.mark.parametrize(
+    ("bound", "slack", "events"), [("kl", 0, 1), ("kl", 3, 2), ("betting", 3, 1), ("betting", None, 1)]
+)
+def test_a_fixed_size_bound_with_slack_pays_for_two_events(bound, slack, events):
+    """The overlap needs "at most m wrong", lower and upper "none wrong": one martingale has both, kl does not."""
+    counts = torch.randint(0, 300, (1, 40, 1), dtype=torch.int32)
+    cert = Certificate.from_counts(counts, 400, sigma=0.5, bound=bound, slack=slack)
+    share = 0.9 * 0.05 / events
+    lower, upper = marginal_bounds(bound, share / 80, counts, torch.tensor([400]))
+    assert torch.equal(cert.lower, lower)
+    assert torch.equal(cert.upper, upper)
+
+
+def test_each_image_is_evaluated_by_its_own_bound():
+    counts = torch.randint(0, 300, (2, 40, 1), dtype=torch.int32)
+    samples = torch.tensor([400, 390])
+    settings = Settings(sigma=0.5, shape=(40,), bound="kl", slack=0, planned_samples=(400, 400))
+    cert = Certificate(counts=counts, samples=samples, settings=settings)
+    assert cert.evaluated_bound == "kl + betting"
+    for image in (0, 1):
+        assert torch.equal(cert.lower[image], cert[image].lower[0])
+        assert cert[image].evaluated_bound == ("kl", "betting")[image]

@@ -217,7 +217,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("resnet50", "takes 'demo' or 'package.module:callable'"),
+        ("resnet50", "takes 'demo', 'file.pt2', 'timm:name' or 'package.module:callable'"),
         ("cli_models:nothing", "nothing"),
         ("cli_models:training", "training mode"),
         ("cli_models:pair", "tuple"),

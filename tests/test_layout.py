@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "build"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
+    {"exported"},
     {"model"},
     {"folding"},
     {"sampling"},
@@ -69,7 +70,6 @@ def test_kernels_are_leaves(path):
 
 def names(folder: Path, pattern: str) -> set[str]:
     return {p.name.split(".")[0] for p in folder.glob(pattern)} - {"__init__"}
-
 
 
 def test_one_basename_per_operator():

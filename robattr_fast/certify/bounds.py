@@ -5,7 +5,7 @@ import math
 import torch
 from scipy.special import betaincinv
 
-from robattr_fast.reference.betting_bounds import betting_bounds
+from robattr_fast.ops.betting_bounds import betting_bounds
 
 BOUNDS = ("hoeffding", "kl", "clopper-pearson", "betting")
 """Names of the bounds. `betting` holds at all sample sizes at once, the others for one fixed in advance."""

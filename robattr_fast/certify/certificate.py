@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from robattr_fast.certify import files, marginal
-from robattr_fast.certify.bounds import marginal_bounds, sample_mean
+from robattr_fast.certify.bounds import sample_mean
 from robattr_fast.certify.contents import check
-from robattr_fast.certify.label import Prediction, certify_label
+from robattr_fast.certify.evaluation import Evaluated
+from robattr_fast.certify.label import Prediction
 from robattr_fast.certify.merge import merge_settings
 from robattr_fast.certify.moments import Moments, no_summary
 from robattr_fast.certify.settings import Evaluation, Settings
@@ -36,8 +37,9 @@ class Overlap(NamedTuple):
 class Certificate:
     """What q noisy samples per image prove about B smoothed maps of shape [*M], n elements each.
 
-    All statements hold together with probability 1 - alpha over the noise, for every k and every radius (L2 norm, in
-    the units of x). They speak of the smoothed map at every point of the ball; see docs/certificates.md.
+    All statements about one image hold together with probability 1 - alpha over the noise, for every k and every
+    radius (L2 norm, in the units of x); for N images together, take alpha / N. They speak of the smoothed map at every
+    point of the ball; see docs/certificates.md.
 
     Attributes:
         counts: int32 [B, n, L], how often each element had each level above 0; None if `levels` is None.
@@ -85,7 +87,7 @@ class Certificate:
         self.invalid = self._tensors["invalid"]
         self.class_counts = self._tensors.get("class_counts")
         self.gram_summary = self._tensors.get("gram_summary")
-        self._bounds_by_slack: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._evaluated = Evaluated(settings, self._values, self.samples, self.invalid)
         self._gaps_by_k: dict[int, torch.Tensor] = {}
 
     @classmethod
@@ -196,12 +198,12 @@ class Certificate:
     @property
     def lower(self) -> torch.Tensor:
         """Lower bounds of the smoothed map, float64 [B, *M]; all bounds hold together (slack 0)."""
-        return self._shaped(self._bounds(0)[0])
+        return self._shaped(self._evaluated.bounds(0)[0])
 
     @property
     def upper(self) -> torch.Tensor:
         """Upper bounds of the smoothed map, float64 [B, *M]; all bounds hold together (slack 0)."""
-        return self._shaped(self._bounds(0)[1])
+        return self._shaped(self._evaluated.bounds(0)[1])
 
     @property
     def exploratory(self) -> bool:
@@ -211,24 +213,17 @@ class Certificate:
     @property
     def stopped_off_plan(self) -> bool:
         """True if an image has another number of samples than was planned."""
-        plan = self.settings.planned_samples
-        return plan is not None and list(plan) != self.samples.tolist()
+        return any(self._evaluated.off_plan)
 
     @property
     def evaluated_bound(self) -> str:
-        """The bound that is used. A bound that needs its number of samples fixed gives way to betting off plan."""
-        return "betting" if self.stopped_off_plan else self.settings.evaluation.bound
+        """The bound that is used, joined by " + " where images differ. Off plan it is betting, see `reason`."""
+        return " + ".join(dict.fromkeys(self._evaluated.names))
 
     @property
     def reason(self) -> str | None:
         """Why `evaluated_bound` is not the bound asked for; None if it is."""
-        asked = self.settings.evaluation.bound
-        if self.evaluated_bound == asked:
-            return None
-        return (
-            f"{asked} holds for {list(self.settings.planned_samples or ())} samples as planned, "
-            f"not for {self.samples.tolist()}: evaluated by betting, which holds at any time"
-        )
+        return self._evaluated.reason
 
     def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
         """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
@@ -303,7 +298,7 @@ class Certificate:
         if self.settings.levels != 1:
             raise ValueError(f"pixels are certified for 0/1 maps, levels=1; this has levels={self.settings.levels}")
         radii, scalar = _radii(radius)
-        signs = marginal.certified_pixels(*self._bounds(0), radii, self.settings.sigma)
+        signs = marginal.certified_pixels(*self._evaluated.bounds(0), radii, self.settings.sigma)
         signs = signs.view(len(radii), len(self), *self.settings.shape)
         return signs[0] if scalar else signs
 
@@ -320,9 +315,7 @@ class Certificate:
                 "bound='hoeffding' with slack 0 and without second moments spends all of alpha on the overlap, "
                 "none on the label"
             )
-        return certify_label(
-            self.class_counts, self.samples, ledger.label, self.settings.sigma, self._usable_bound(levels=1)
-        )
+        return self._evaluated.prediction(self.class_counts)
 
     def with_bounds(
         self,
@@ -406,7 +399,7 @@ class Certificate:
             for row, radius in enumerate(radii.tolist()):
                 counts[row, image] = moments.overlap(k, radius)
                 for slack in self._slacks(k) if boxed and moments.proved is not None else ():
-                    lower, upper = (bound[image] for bound in self._bounds(slack))
+                    lower, upper = (bound[image] for bound in self._evaluated.bounds(slack))
                     together = moments.boxed_overlap(k, radius, lower, upper, slack)
                     counts[row, image] = max(int(counts[row, image]), together)
         return counts
@@ -417,25 +410,6 @@ class Certificate:
         rows = [[getattr(moments.proved, name)(r) for moments in self._moments] for r in radii.tolist()]
         values = torch.tensor(rows, dtype=torch.float64)
         return values[0] if scalar else values
-
-    def _usable_bound(self, levels: int | None) -> str:
-        """The evaluated bound, for means of samples with this many levels."""
-        if self.evaluated_bound == "betting" and levels is None:
-            raise ValueError(f"{self.reason}, and betting needs level counts, not the sums of levels=None")
-        return self.evaluated_bound
-
-    def _bounds(self, slack: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper bounds, float64 [B, n], at the level that leaves at most `slack` of the 2n wrong (T4)."""
-        if slack not in self._bounds_by_slack:
-            settings = self.settings
-            self._bounds_by_slack[slack] = marginal_bounds(
-                self._usable_bound(settings.levels),
-                settings.ledger.marginal * (slack + 1) / (2 * settings.n),
-                self._values,
-                self.samples,
-                unknown=self.invalid if settings.on_nonfinite == "abstain" else None,
-            )
-        return self._bounds_by_slack[slack]
 
     def _slacks(self, k: int) -> Sequence[int]:
         slack = self.settings.evaluation.slack
@@ -449,7 +423,10 @@ class Certificate:
             raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
         if k not in self._gaps_by_k:
             top = marginal.top_k(self.map.flatten(1), k)
-            gaps = [marginal.sampled_gaps(*self._bounds(m), top, k, self.settings.sigma, m) for m in self._slacks(k)]
+            gaps = [
+                marginal.sampled_gaps(*self._evaluated.bounds(m), top, k, self.settings.sigma, m)
+                for m in self._slacks(k)
+            ]
             self._gaps_by_k[k] = torch.stack(gaps).amax(0)
         return self._gaps_by_k[k]
 

@@ -213,7 +213,7 @@ def certify(
             (model, batch [N, *S], target [N]) -> scores [N, *S]. It must be a fixed function of the noisy batch: the
             certificate is void for one that also looks at x.
         channel_sum: sum the scores over dimension 1 of x before selection; the map then has shape S[1:].
-        alpha: probability that any statement of the certificate is wrong.
+        alpha: probability, for each image, that any statement about it is wrong. For N images together take alpha / N.
         bound: "betting", "kl", "clopper-pearson" (levels=1) or "hoeffding"; default betting, or kl for levels=None.
         slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
         second_moment: set .45 alpha aside for second moments (T7), which certify overlap at larger radii, distances and

@@ -9,7 +9,7 @@ from robattr_fast.certify.bounds import marginal_bounds
 
 
 class Prediction(NamedTuple):
-    """The certified label of each image and the L2 radius, in the units of x, within which it holds."""
+    """The certified label of each image and the L2 radius, in the units of x, below which it holds."""
 
     label: torch.Tensor
     """int64 [B]; -1 abstains."""
@@ -23,7 +23,8 @@ def certify_label(
     """The class of the largest count with its certified radius sigma Phi^-1(L); abstains unless L > 1/2.
 
     L is the lower bound of the share of that class at level alpha/2. The half pays for choosing the class from the
-    same samples: among the classes whose share is at most 1/2, the chance that one passes is at most alpha/2 in all.
+    same samples: a class of share p <= 1/2 passes with chance at most p alpha, the one above 1/2 is overstated with
+    chance at most alpha/2; together at most alpha.
 
     class_counts: int32 [B, classes], samples: int64 [B]. Samples without a class vote for none.
     Source: Cohen, Rosenfeld, Kolter, Certified adversarial robustness via randomized smoothing, ICML 2019.

@@ -19,9 +19,9 @@ class Membership(NamedTuple):
     """L2 radii in the units of x, float64 of the bounds' shape; 0 where nothing is certified, and never both > 0."""
 
     stays_in: torch.Tensor
-    """Within this radius the element is in the top-k."""
+    """Below this radius the element is in the top-k."""
     stays_out: torch.Tensor
-    """Within this radius it is not."""
+    """Below this radius it is not."""
 
 
 def membership(lower: torch.Tensor, upper: torch.Tensor, k: int, sigma: float) -> Membership:

@@ -48,6 +48,8 @@ class Moments:
         self.reason = _why_not(settings, image, samples, summary)
         self.proved: SecondMoments | None = None
         self._costs: dict[int, TopKCost] = {}
+        self._order: torch.Tensor | None = None
+        self._quantiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.reason is not None:
             return
         abstains = settings.on_nonfinite == "abstain"
@@ -75,14 +77,28 @@ class Moments:
         return 0 if self.proved is None else self._cost(k).overlap(self.proved.distance(radius))
 
     def boxed_overlap(self, k: int, radius: float, lower: torch.Tensor, upper: torch.Tensor, slack: int) -> int:
-        """The same with the boxes of T3, float64 [n], at x, of which at most ``slack`` bounds fail."""
+        """The same with the boxes of T3, float64 [n], at x, of which at most ``slack`` bounds fail.
+
+        They must be the same bounds each time for one slack.
+        """
         if self.proved is None:
             return 0
-        shift = radius / self.proved.sigma
-        low, high = (torch.special.ndtri(bound) for bound in (lower, upper))
-        normal_cdf = torch.special.ndtr
-        distance = self.proved.distance(radius)
-        return box_overlap(self.mean, k, distance, normal_cdf(low - shift), normal_cdf(high + shift), slack)
+        if self._order is None:
+            self._order = torch.argsort(self.mean, descending=True, stable=True)
+        if slack not in self._quantiles:
+            self._quantiles[slack] = torch.special.ndtri(lower), torch.special.ndtri(upper)
+        low, high = self._quantiles[slack]
+        shift, distance = radius / self.proved.sigma, self.proved.distance(radius)
+        return box_overlap(
+            self.mean,
+            k,
+            distance,
+            torch.special.ndtr(low - shift),
+            torch.special.ndtr(high + shift),
+            slack,
+            known=self._cost(k).overlap(distance),
+            order=self._order,
+        )
 
     def radius(self, k: int, count: int) -> float:
         """The largest radius within which ``count`` of the displayed top-k stay."""

@@ -2,7 +2,7 @@
 
 p^ is the displayed map, the mean of q samples h_t = h(x + e_t), e_t ~ N(0, sigma^2 I); p its expectation, p~ the
 expectation at a perturbed x~ with ||x~ - x|| <= radius, Sigma the covariance of h. All statements below hold for every
-k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/certificates-t7.md.
+k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/certificates.md.
 """
 
 import heapq
@@ -211,7 +211,16 @@ def _one_sided_costs(near: np.ndarray, far: np.ndarray) -> np.ndarray:
 
 
 def box_overlap(
-    mean: Tensor, k: int, distance: float, lower: Tensor, upper: Tensor, slack: int = 0, evaluations: int = 256
+    mean: Tensor,
+    k: int,
+    distance: float,
+    lower: Tensor,
+    upper: Tensor,
+    slack: int = 0,
+    *,
+    evaluations: int = 256,
+    known: int = 0,
+    order: Tensor | None = None,
 ) -> int:
     """The overlap that ball and boxes prove together, for p~ within ``distance`` of p^ and, but for at most ``slack``
     of the 2n bounds, lower <= p~ <= upper.
@@ -219,8 +228,10 @@ def box_overlap(
     mean, lower, upper: float64 ``[n]``; the bounds are those of the *perturbed* map (already shifted by the radius).
     At threshold t only elements of the top-K with lower <= t may leave it and only others with upper >= t may enter.
     t is searched by branch and bound; ``evaluations`` bounds the work, and an unfinished search errs on the safe side.
+    It ends once it cannot prove more than ``known``, an overlap that was proved otherwise. order: the elements by falling mean, ties by index, if at hand.
     """
-    order = torch.argsort(mean, descending=True, stable=True)
+    if order is None:
+        order = torch.argsort(mean, descending=True, stable=True)
     top, rest = order[:k].flip(0), order[k:]
     leave, enter = mean[top].numpy(), mean[rest].numpy()
     floor, roof = lower[top].numpy(), upper[rest].numpy()
@@ -240,7 +251,7 @@ def box_overlap(
         bound, start, end = cells[0]
         middle = 0.5 * (start + end)
         best = max(best, movable(middle, middle))
-        if -bound <= best or not start < middle < end:
+        if -bound <= best or best + slack >= k - known or not start < middle < end:
             break
         heapq.heapreplace(cells, (-movable(start, middle), start, middle))
         heapq.heappush(cells, (-movable(middle, end), middle, end))

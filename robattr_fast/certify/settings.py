@@ -45,7 +45,7 @@ class Settings:
         image_ids: id of each image in the noise stream.
         intervals: per image the sorted, disjoint, half-open intervals of sample indices.
         planned_samples: number of samples fixed in advance, per image; None: as many as there are.
-        alpha: error probability of all statements together.
+        alpha: error probability of all statements about one image together.
         bound: name of the bound of the marginals, see `bounds.BOUNDS`.
         slack: number m of wrong bounds that are paid for (T4); None: the best for each query with betting, else 0.
         second_moment: a part of alpha is set aside for second moments (T7).

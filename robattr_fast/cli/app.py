@@ -6,6 +6,7 @@ import typer
 
 from robattr_fast.cli.certify import certify
 from robattr_fast.cli.doctor import doctor
+from robattr_fast.cli.report import report
 from robattr_fast.cli.verify import verify
 
 app = typer.Typer(
@@ -16,4 +17,5 @@ app = typer.Typer(
 )
 app.command()(certify)
 app.command()(verify)
+app.command()(report)
 app.command()(doctor)

@@ -39,7 +39,12 @@ def certify(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="demo, or package.module:callable (which runs its code).", show_default=False)
+        str,
+        typer.Option(
+            help="demo, timm:name, file.pt2 (of torch.export; loading one can run code that it brings), or "
+            "package.module:callable (which runs its code).",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("out"),
     samples: Annotated[int, typer.Option(help="Noisy samples per image.")] = 8192,
@@ -47,7 +52,7 @@ def certify(
     tau: Annotated[float, typer.Option(help="Share of the elements that each sample selects.")] = 0.1,
     gamma: Annotated[float | None, typer.Option(help="Share that saturates (--levels above 1); default tau.")] = None,
     levels: Annotated[int, typer.Option(help="Levels of the relaxed map; 1: elements are in or out.")] = 1,
-    alpha: Annotated[float, typer.Option(help="Probability that any statement of a certificate is wrong.")] = 0.05,
+    alpha: Annotated[float, typer.Option(help="Probability, per image, that any statement about it is wrong.")] = 0.05,
     bound: Annotated[str, typer.Option(help="betting, kl, clopper-pearson or hoeffding.")] = "betting",
     slack: Annotated[
         int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)

@@ -80,17 +80,3 @@ def _agree(text: str | None, value: object) -> bool:
 
 def _only(entries: tuple | None):
     return entries[0] if entries is not None and len(entries) == 1 else None
-
-
-def remarks(cert: Certificate) -> list[str]:
-    """What a reader of the numbers must know besides."""
-    found = []
-    if cert.exploratory:
-        found.append("bound, slack or alpha were chosen after the fact: its level is not what it says")
-    if cert.reason is not None:
-        found.append(cert.reason)
-    elif cert.stopped_off_plan:
-        found.append(f"{cert.samples.tolist()} samples of {list(cert.settings.planned_samples or ())} planned")
-    if cert.invalid.any():
-        found.append(f"{cert.invalid.tolist()} samples were not finite and count as the zero map")
-    return found

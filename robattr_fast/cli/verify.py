@@ -23,6 +23,7 @@ from robattr_fast.cli.errors import bad_input_exits, one_line, report
 from robattr_fast.cli.options import DEFAULT_RADII, at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.results import label
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.report import words
 from robattr_fast.rounding import percent
 from robattr_fast.rounding import radius as shown_radius
 from robattr_fast.runs import Record, find_certificates, find_image, read_record
@@ -131,7 +132,7 @@ def _check(path: Path) -> _Verified:
         one.faults.append(one_line(error))
     if one.cert is not None:
         one.faults += checks.support_faults(one.cert) + checks.record_faults(one.cert, one.record)
-        one.remarks += checks.remarks(one.cert)
+        one.remarks += words.remarks(one.cert)
     return one
 
 

@@ -16,6 +16,7 @@ _PUBLIC = (
     "topk_threshold(Tensor scores, SymInt k) -> Tensor",
     "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",
     "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma) -> Tensor",
+    "betting_bounds(Tensor counts, Tensor samples, float delta) -> (Tensor, Tensor)",
 )
 
 _KERNELS = (
@@ -24,6 +25,8 @@ _KERNELS = (
     "topk_threshold(Tensor(a!) out, Tensor scores, int k) -> ()",
     "sparsify(Tensor(a!) out, Tensor scores, int k_tau, int k_gamma, int levels) -> ()",
     "count_sparsified_(Tensor(a!) counts, Tensor(b!) invalid, Tensor scores, int k_tau, int k_gamma) -> bool",
+    "betting_bounds(Tensor(a!) lower, Tensor(b!) upper, Tensor counts, Tensor samples, Tensor shares, "
+    "float log_inverse_delta) -> ()",
 )
 
 PUBLIC = Library("robattr_fast", "DEF")

@@ -116,6 +116,13 @@ def _run_cpu(x, out, sigma, seed, first_sample, image_ids):
     torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first_sample, image_ids.contiguous())
 
 
+def _run_triton(x, out, sigma, seed, first_sample, image_ids):
+    from robattr_fast.kernels.noisy_samples import noisy_samples as launch
+
+    launch(x, out, sigma, seed, first_sample, image_ids)
+
+
+backends.register("noisy_samples", "triton", _run_triton, _extension.can_run_triton)
 backends.register("noisy_samples", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("noisy_samples", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("noisy_samples", _run, "CPU")

@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the definition that all backends are tested against."""
 
 from robattr_fast.reference._pack_levels import pack_levels, unpack_levels
+from robattr_fast.reference.betting_bounds import betting_bounds
 from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.noisy_samples import noisy_samples
 from robattr_fast.reference.packed_gram import packed_gram
@@ -8,6 +9,7 @@ from robattr_fast.reference.sparsify import sparsify
 from robattr_fast.reference.topk_threshold import topk_threshold
 
 __all__ = [
+    "betting_bounds",
     "count_sparsified_",
     "noisy_samples",
     "pack_levels",

@@ -43,8 +43,10 @@ def betting_shares() -> torch.Tensor:
     return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64))
 
 
-def _check(counts: torch.Tensor, samples: torch.Tensor | int) -> torch.Tensor:
-    """Counts of the levels 0..L of all elements, int64 [B n, L + 1]; raises as `betting_bounds` says."""
+def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: float) -> torch.Tensor:
+    """Raises unless shapes, dtypes and delta are what `betting_bounds` takes; samples as int64 [B] beside counts."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie in (0, 1), got {delta}")
     if not isinstance(counts, torch.Tensor) or counts.dtype != torch.int32:
         raise TypeError(f"counts must be an int32 tensor, got {getattr(counts, 'dtype', type(counts).__name__)}")
     if counts.ndim != 3 or counts.shape[0] < 1 or counts.shape[2] < 1:
@@ -54,17 +56,25 @@ def _check(counts: torch.Tensor, samples: torch.Tensor | int) -> torch.Tensor:
             raise TypeError(f"samples must be int64, got {samples.dtype}")
         if samples.shape != counts.shape[:1]:
             raise ValueError(f"samples must have shape [{counts.shape[0]}] as counts says, got {list(samples.shape)}")
-        samples = samples.to(counts.device)
-    elif isinstance(samples, int) and not isinstance(samples, bool):
-        samples = torch.full((counts.shape[0],), samples, dtype=torch.int64, device=counts.device)
-    else:
-        raise TypeError(f"samples must be an int or an int64 tensor, got {type(samples).__name__}")
+        return samples.to(counts.device)
+    if isinstance(samples, int) and not isinstance(samples, bool):
+        return torch.full((counts.shape[0],), samples, dtype=torch.int64, device=counts.device)
+    raise TypeError(f"samples must be an int or an int64 tensor, got {type(samples).__name__}")
+
+
+def counts_at_zero(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """How many samples had the value 0, int64 [B, n]; ValueError if that, or any count, is negative."""
     if counts.numel() and counts.min() < 0:
         raise ValueError(f"counts must not be negative, got {int(counts.min())}")
     rest = samples[:, None] - counts.sum(2, dtype=torch.int64)
     if (samples < 0).any() or (rest < 0).any():
         raise ValueError("the counts of an element must not add up to more than samples")
-    return torch.cat([rest[:, :, None], counts.long()], 2).flatten(0, 1)
+    return rest
+
+
+def _rows(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Counts of the levels 0..L of all elements, int64 [B n, L + 1]."""
+    return torch.cat([counts_at_zero(counts, samples)[:, :, None], counts.long()], 2).flatten(0, 1)
 
 
 def _log_wealth(counts: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +168,7 @@ def betting_bounds(
         TypeError: counts are not int32, or samples not int64.
         ValueError: delta outside (0, 1), wrong shapes, negative counts, or more counts than samples.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}")
-    rows = _check(counts, samples)
+    rows = _rows(counts, check_arguments(counts, samples, delta))
     lower, mirrored = (_lower_of_rows(side, delta).view(counts.shape[:2]) for side in (rows, rows.flip(1)))
     one = torch.ones_like(mirrored)
     return lower, torch.nextafter(one - mirrored, one)
@@ -172,7 +180,7 @@ def log_wealth(counts: torch.Tensor, samples: torch.Tensor | int, mean: torch.Te
     counts, samples: as in `betting_bounds`. mean: float64 [B, n] in (0, 1]. Returns float64 [B, n].
     The expectation of exp(ln W) is at most 1 at any stopping time if the statement is true.
     """
-    rows = _check(counts, samples).double()
+    rows = _rows(counts, check_arguments(counts, samples, 0.5)).double()
     if mean.shape != counts.shape[:2] or mean.dtype != torch.float64:
         raise ValueError(f"mean must be float64 {list(counts.shape[:2])}, got {mean.dtype} {list(mean.shape)}")
     if not ((mean > 0) & (mean <= 1)).all():

@@ -18,6 +18,7 @@ from robattr_fast.report.entry import Entry, Shown, asset, radius_steps
 SHARES = (0.05, 0.1, 0.2, 0.5)
 """Sizes of the top set, as shares of all elements."""
 
+
 def page(
     entries: Sequence[Entry],
     *,

@@ -24,7 +24,7 @@ from robattr_fast.rounding import radius as shown_radius
 
 MARGINAL, MOMENTS = "marginal bounds alone", "second moments alone"
 
-_STEPS = 120  # of the slider at most; a byte of `steps` holds up to 127 on either side
+_STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
 _PALE = (0.55, 0.45)  # grey level of black, and what white adds
 _NO_IMAGE = 0xE4
 
@@ -92,7 +92,7 @@ class Shown:
     """An entry, with everything that the page says of it computed once."""
 
     def __init__(self, entry: Entry, shares: Sequence[float], grid: list[float]) -> None:
-        self.entry, self.shares = entry, shares
+        self.entry, self.shares, self.grid = entry, shares, grid
         self.sets = []
         for share in shares:
             k = top_size(entry.cert, share)
@@ -142,6 +142,7 @@ class Shown:
             map=_png(colormaps["magma"](saliency)[:, :, :3]),
             width=width,
             height=height,
+            grid=_axes(self.grid),
             panels="panels" if photograph else "panels pair",
             paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in range(len(self.methods))),
             key="".join(_key(i, method) for i, method in enumerate(self.methods)),
@@ -163,16 +164,40 @@ def _curves(cert: Certificate, k: int, grid: list[float]) -> dict[str, np.ndarra
     """Certified share [R] per method; the certificate's own comes first."""
     ours, *rest = plots.overlap_curves(cert, k, grid).items()
     parts = {}
-    if cert.has_second_moments:
+    if _has_second_moments(cert):
         for name, method in ((MARGINAL, "marginal"), (MOMENTS, "second-moment")):
             parts[name] = cert.overlap(k, grid, method=method).share[:, 0].numpy()
     return dict([ours, *parts.items(), *rest])
+
+
+def _has_second_moments(cert: Certificate) -> bool:
+    try:
+        cert.distance(0.0)
+    except ValueError:  # it says why not
+        return False
+    return True
 
 
 def _codes(inside: torch.Tensor, outside: torch.Tensor) -> np.ndarray:
     """One byte per pixel: s where some channel stays in for s steps, 128 + s where all stay out; 0 elsewhere."""
     stays_in, stays_out = inside.amax(0), outside.amin(0)
     return torch.where(stays_in > 0, stays_in, torch.where(stays_out > 0, 128 + stays_out, 0)).to(torch.uint8).numpy()
+
+
+def _axes(grid: Sequence[float]) -> str:
+    """Lines and numbers of the coordinate system that the script draws in: shares upwards, radii to the right."""
+    left, right, top, bottom = 44, 452, 12, 256
+    lines = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - (bottom - top) * share
+        lines.append(f'<line x1="{left}" x2="{right}" y1="{y:g}" y2="{y:g}"/>')
+        lines.append(f'<text x="{left - 6}" y="{y + 4:g}" text-anchor="end">{100 * share:.0f} %</text>')
+    last = len(grid) - 1
+    every = next(step for step in (1, 2, 5, 10, 20, 25, 50) if last // step <= 7)
+    for step in range(0, last + 1, every):
+        x = left + (right - left) * step / last
+        lines.append(f'<text x="{x:g}" y="{bottom + 17}" text-anchor="middle">{grid[step]:g}</text>')
+    return "".join(lines)
 
 
 def _base64(values: np.ndarray) -> str:

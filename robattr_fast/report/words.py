@@ -34,7 +34,7 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
         "Certified set. An element shown as surely in belongs to the top set of the smoothed map of every such image, "
         "an element shown as surely outside to none. A pixel with several channels is in if one of them is, and outside "
         "if all are.",
-        "Class. Within its radius the class that most noisy copies vote for does not change.",
+        "Class. Below its radius the class that most noisy copies vote for does not change.",
         "The statements are about the smoothed map, the mean over all noise of that strength. A map that is estimated "
         "anew at the changed image from few samples has an error of its own. Nothing is said about whether a map "
         "explains the model well.",
