@@ -5,6 +5,7 @@ Needs matplotlib, which is imported on use. Nothing here touches pyplot, hence n
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from robattr_fast.certify.files import write_atomically
 from robattr_fast.certify.membership import membership
 
 if TYPE_CHECKING:
@@ -130,8 +132,10 @@ def certificate_figure(
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG (or what the suffix says)."""
-    figure.savefig(path, facecolor="white")
+    """Write a PNG (or what the suffix says), atomically."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:] or "png", facecolor="white")
+    write_atomically(path, picture.getvalue())
 
 
 def display_map(values: torch.Tensor, percentile: float = 99.0) -> np.ndarray:

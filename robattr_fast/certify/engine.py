@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 from torch import nn
 
-from robattr_fast import backends
 from robattr_fast import model as _model
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
+from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.settings import NONFINITE, Settings
 from robattr_fast.certify.state import State
@@ -143,15 +141,6 @@ class _Run:
         if self.checkpoint is not None and time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS:
             self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size)
             self.last_save = time.monotonic()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _next_look(samples: int) -> int:
@@ -291,11 +280,7 @@ def certify(
         on_nonfinite=on_nonfinite,
         model_fingerprint=_model.fingerprint(model),
         input_hashes=tuple(_model.input_hash(image) for image in x),
-        device=str(x.device),
-        versions=_versions(),
-        backends={
-            name: backends.choose(name, x.device, torch.float32)[0] for name in ("noisy_samples", "count_sparsified_")
-        },
+        **environment(x.device),
     )
     if stop is not None and not 1 <= stop.k <= settings.n // 2:
         raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")

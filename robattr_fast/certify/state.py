@@ -41,7 +41,7 @@ class State:
         """Count the samples of one segment, which follow those that its image has."""
         segment = scored.segment
         assert segment.first_sample == first_sample + self.done[segment.image]
-        scores = self._scores(scored)
+        scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
         votes = scored.logits.argmax(dim=1)
         if invalid:
@@ -57,7 +57,7 @@ class State:
         self.class_counts[segment.image] += torch.bincount(votes, minlength=self.class_counts.shape[1]).to(torch.int32)
         self.done[segment.image] += segment.count
 
-    def _scores(self, scored: Scored) -> torch.Tensor:
+    def scores(self, scored: Scored) -> torch.Tensor:
         """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class."""
         scores = scored.scores.abs() if self.settings.explain in _model.EXPLANATIONS else scored.scores
         if self.settings.channel_sum:

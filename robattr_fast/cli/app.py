@@ -6,6 +6,8 @@ import typer
 
 from robattr_fast.cli.certify import certify
 from robattr_fast.cli.doctor import doctor
+from robattr_fast.cli.report import report
+from robattr_fast.cli.verify import verify
 
 app = typer.Typer(
     help="Saliency maps that come with a proof.",
@@ -14,4 +16,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(certify)
+app.command()(verify)
+app.command()(report)
 app.command()(doctor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,11 +17,13 @@ from robattr_fast import images, models
 from robattr_fast.certify import Certificate
 from robattr_fast.certify import certify as certify_images
 from robattr_fast.cli.errors import EXPECTED, bad_input_exits, one_line, report
+from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.progress import SampleProgress
 from robattr_fast.cli.results import Results, Row, label
+from robattr_fast.cli.resume import SAMPLING, Earlier, stop_rule
 from robattr_fast.errors import CertifyInterrupted, ModelError, NonFiniteError
-
-DEFAULT_RADII = (0.01, 0.03, 0.06)
+from robattr_fast.model import fingerprint
+from robattr_fast.runs import CERTIFICATE
 
 # Of one image, not of the run: the next image may do better.
 _IMAGE_FAILURES = (images.ImageError, NonFiniteError, OSError, torch.OutOfMemoryError)
@@ -65,6 +66,14 @@ def certify(
         list[float] | None,
         typer.Option(help="L2 radius for table and picture; may be repeated.", show_default="0.01 0.03 0.06"),
     ] = None,
+    stop_overlap: Annotated[
+        float | None,
+        typer.Option(help="End an image once this share of its top set is certified at --stop-radius."),
+    ] = None,
+    stop_radius: Annotated[float | None, typer.Option(help="L2 radius of --stop-overlap.")] = None,
+    on_nonfinite: Annotated[
+        str, typer.Option(help="A sample with NaN or infinite scores: raise (fails the image), zero or abstain.")
+    ] = "raise",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     target: Annotated[
         int | None, typer.Option(help="Class to explain; default: of each noisy sample its own.", show_default=False)
@@ -82,28 +91,33 @@ def certify(
         str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.", show_default=False)] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Sample anew what --out already holds.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
     """Certify the saliency maps of images.
 
     Writes per image NAME.safetensors (the certificate) and NAME.png, per run certificates.tsv and manifest.json.
+    The same command again goes on where an earlier one was killed (NAME.checkpoint, written every minute): finished
+    images are not sampled again, and the files come out as if it had never been interrupted.
     Exit status: 0; 1 if an image failed (the others are finished); 2 if the command cannot be carried out.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("paths", "out", "traceback")}
+    settings = {name: value for name, value in locals().items() if name not in ("paths", "out", "fresh", "traceback")}
     console = Console()
     with bad_input_exits(traceback=traceback):
         _require_packages()
-        radii = _checked_radii(radius)
-        settings |= {"radius": radii, "k": _checked_share(k), "batch_size": _checked_batch_size(batch_size)}
+        radii = checked_radii(radius)
+        settings |= {"radius": radii, "k": checked_share(k), "batch_size": _checked_batch_size(batch_size)}
+        stop_rule(settings, n=2)
         if threads is not None:
-            torch.set_num_threads(_at_least_one("threads", threads))
-        place = _checked_device(device)
+            torch.set_num_threads(at_least_one("threads", threads))
+        place = checked_device(device)
         sources = images.find(paths)
         _make_writable(out)
         _spare_inputs(sources, out)
         chosen = models.load(model, size=size)
+        earlier = Earlier(out, sources, fresh=fresh)
         results = Results(out, settings, radii, place)
-        interrupted = _run(sources, chosen, settings, results)
+        interrupted = _run(sources, chosen, settings, results, earlier)
     if results.rows:
         console.print(results.table())
         console.print(results.footnote(), highlight=False)
@@ -115,9 +129,12 @@ def certify(
         raise typer.Exit(1)
 
 
-def _run(sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results) -> bool:
+def _run(
+    sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results, earlier: Earlier
+) -> bool:
     """All images, one after the other; whether Ctrl-C ended it."""
     module = model.module.to(results.device)
+    model_fingerprint = fingerprint(module)
     batch_sizes: dict[torch.Size, int | str] = {}
     with SampleProgress(Console(stderr=True), len(sources)) as progress:
         for index, source in enumerate(sources):
@@ -128,8 +145,17 @@ def _run(sources: list[images.Source], model: models.Model, settings: dict[str, 
                 )
                 wanted = batch_sizes.get(x.shape, settings["batch_size"])
                 start = time.perf_counter()
-                cert, interrupted = _sample(module, x, {**settings, "batch_size": wanted}, results.device, show)
-                results.add(_write(source, x, cert, model.class_names, results, time.perf_counter() - start))
+                cert, interrupted = earlier.finished(source, x, model_fingerprint, settings, results.device), False
+                found = cert is not None
+                if cert is None:
+                    cert, interrupted = _sample(
+                        module, x, {**settings, "batch_size": wanted}, results.device, show, earlier.checkpoint(source)
+                    )
+                seconds = time.perf_counter() - start + earlier.seconds(source, cert)
+                drawn = found and earlier.drawn(source, settings)
+                results.add(_write(source, x, cert, model.class_names, results, seconds, drawn=drawn))
+                if not interrupted:
+                    earlier.checkpoint(source).unlink(missing_ok=True)
                 if interrupted:
                     return True
                 batch_sizes[x.shape] = cert.settings.batch_size or wanted
@@ -144,21 +170,24 @@ def _run(sources: list[images.Source], model: models.Model, settings: dict[str, 
 
 
 def _sample(
-    module: torch.nn.Module, x: torch.Tensor, settings: dict[str, Any], device: torch.device, progress: Any
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    settings: dict[str, Any],
+    device: torch.device,
+    progress: Any,
+    checkpoint: Path,
 ) -> tuple[Certificate, bool]:
     """The certificate of one image [C, H, W], and whether Ctrl-C cut it short: what was sampled until then is valid."""
-    names = (
-        *("sigma", "tau", "gamma", "levels", "samples", "target", "channel_sum", "seed"),
-        *("alpha", "bound", "slack", "second_moment", "retain"),
-    )
     try:
         cert = certify_images(
             module,
             x[None].to(device),
             image_ids=[images.image_id(x)],
             batch_size=settings["batch_size"],
+            stop=stop_rule(settings, x[0].numel() if settings["channel_sum"] else x.numel()),
+            checkpoint=checkpoint,
             progress=progress,
-            **{name: settings[name] for name in names},
+            **{name: settings[name] for name in SAMPLING},
         )
         return cert, False
     except CertifyInterrupted as error:
@@ -172,8 +201,10 @@ def _write(
     class_names: Sequence[str] | None,
     results: Results,
     seconds: float,
+    *,
+    drawn: bool,
 ) -> Row:
-    """The files of one image, and its row of the table."""
+    """The files of one image (``drawn``: they are there already), and its row of the table."""
     from robattr_fast import plots
 
     k = max(1, int(results.settings["k"] * cert.settings.n))
@@ -187,10 +218,13 @@ def _write(
         overlaps=cert.overlap(k, results.radii),
         seconds=seconds,
     )
-    cert.save(results.folder / f"{source.name}.safetensors")
+    if drawn:
+        return row
     title = f"{source.name}: {row.label.name if class_names else f'class {row.label.number}'}"
     figure = plots.certificate_figure(x, cert, k=k, radii=results.radii, title=title)
+    # The certificate last: where it is finished, so is its picture.
     plots.save(figure, results.folder / f"{source.name}.png")
+    cert.save(results.folder / f"{source.name}{CERTIFICATE}")
     return row
 
 
@@ -210,39 +244,12 @@ def _present(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _checked_radii(radii: list[float] | None) -> list[float]:
-    for radius in radii or ():
-        if not (math.isfinite(radius) and radius >= 0):
-            raise ValueError(f"radius: got {radius}, takes a finite number >= 0")
-    return sorted(set(radii or DEFAULT_RADII))
-
-
-def _checked_share(k: float) -> float:
-    if not 0 < k <= 0.5:
-        raise ValueError(f"k: got {k}, takes a share of the elements in (0, 0.5]")
-    return k
-
-
 def _checked_batch_size(batch_size: str) -> int | str:
     if batch_size == "auto":
         return batch_size
     if not batch_size.isascii() or not batch_size.isdigit():
         raise ValueError(f"batch-size: got {batch_size!r}, takes an integer >= 1 or auto")
-    return _at_least_one("batch-size", int(batch_size))
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, takes an integer >= 1")
-    return value
-
-
-def _checked_device(device: str | None) -> torch.device:
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device: got {device!r}, takes cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch sees no CUDA device (robattr-fast doctor says more)")
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return at_least_one("batch-size", int(batch_size))
 
 
 def _spare_inputs(sources: list[images.Source], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers for people (rounded to the safe side), for programs (TSV) and for the record."""
+"""What a run leaves behind: numbers for people, for programs (TSV) and for the record."""
 
 from __future__ import annotations
 
@@ -19,21 +19,10 @@ from rich.table import Table
 from robattr_fast import backends
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
+from robattr_fast.rounding import percent, radius
+from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE
 
 _STAR = "*"  # of a share that second moments certify
-
-
-def percent(share: float) -> str:
-    """A certified share, rounded down: what is printed holds too."""
-    return f"{math.floor(1000 * share + 1e-9) / 10:.1f} %"
-
-
-def radius(value: float) -> str:
-    """A certified radius, rounded down to three significant digits (what is certified holds below it)."""
-    if value <= 0 or math.isinf(value):
-        return "0" if value <= 0 else "any"
-    digits = 2 - math.floor(math.log10(value))
-    return f"{math.floor(value * 10**digits) / 10**digits:.{max(0, digits)}f}"
 
 
 def rounded_cosine(value: float) -> str:
@@ -150,9 +139,9 @@ class Results:
             writer = csv.DictWriter(text, rows[0].keys(), delimiter="\t", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            write_atomically(self.folder / "certificates.tsv", text.getvalue().encode())
+            write_atomically(self.folder / TABLE, text.getvalue().encode())
         manifest = json.dumps(self._manifest(), indent=2, allow_nan=False)
-        write_atomically(self.folder / "manifest.json", manifest.encode() + b"\n")
+        write_atomically(self.folder / MANIFEST, manifest.encode() + b"\n")
 
     def _manifest(self) -> dict[str, Any]:
         used = self.rows[0].cert.settings if self.rows else None
@@ -173,7 +162,7 @@ class Results:
                     "image_id": row.image_id,
                     "input_hash": (row.cert.settings.input_hashes or (None,))[0],
                     "batch_size": row.cert.settings.batch_size,
-                    "files": [f"{row.name}.safetensors", f"{row.name}.png"],
+                    "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
                     "seconds": round(row.seconds, 3),
                 }
                 for row in self.rows

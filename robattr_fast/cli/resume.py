@@ -1,0 +1,102 @@
+"""Going on where an earlier run of the same command into the same folder ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robattr_fast import images
+from robattr_fast.certify import Certificate, StopWhen
+from robattr_fast.errors import CertificateFileError
+from robattr_fast.model import input_hash
+from robattr_fast.ops import _check
+from robattr_fast.runs import CERTIFICATE, CHECKPOINT, Record, read_record
+
+SAMPLING = (
+    "sigma",
+    "tau",
+    "gamma",
+    "levels",
+    "samples",
+    "target",
+    "channel_sum",
+    "seed",
+    "alpha",
+    "bound",
+    "slack",
+    "on_nonfinite",
+)
+"""The options that samples and certificate depend on, as arguments of `certify`."""
+
+
+def stop_rule(settings: dict[str, Any], n: int) -> StopWhen | None:
+    """The stop rule of the options for maps of ``n`` elements."""
+    overlap, radius = settings["stop_overlap"], settings["stop_radius"]
+    if (overlap is None) != (radius is None):
+        raise ValueError("stop-overlap, stop-radius: got one of them, takes both")
+    return None if overlap is None else StopWhen(max(1, int(settings["k"] * n)), radius, overlap)
+
+
+class Earlier:
+    """What the folder held before this run. ``fresh``: nothing of it counts."""
+
+    def __init__(self, folder: Path, sources: Sequence[images.Source], *, fresh: bool) -> None:
+        self._folder, self._fresh = folder, fresh
+        # Read before this run writes its own manifest.
+        self._records = {} if fresh else {source.name: read_record(self._file(source)) for source in sources}
+        if fresh:
+            for source in sources:
+                self.checkpoint(source).unlink(missing_ok=True)
+
+    def _file(self, source: images.Source) -> Path:
+        return self._folder / f"{source.name}{CERTIFICATE}"
+
+    def checkpoint(self, source: images.Source) -> Path:
+        """Where the unfinished samples of an image are kept."""
+        return self._folder / f"{source.name}{CHECKPOINT}"
+
+    def finished(
+        self, source: images.Source, x: torch.Tensor, fingerprint: str, settings: dict[str, Any], device: torch.device
+    ) -> Certificate | None:
+        """The certificate of this image, model and settings, if the folder has it and nothing is left to sample."""
+        if self._fresh or not self._file(source).exists():
+            return None
+        try:
+            cert = Certificate.load(self._file(source))
+        except CertificateFileError:
+            return None  # it is sampled anew
+        tau, gamma = _check.fractions(settings["tau"], settings["gamma"])
+        target = settings["target"]
+        wanted = {name: settings[name] for name in SAMPLING if name != "samples"} | {
+            "tau": tau,
+            "gamma": gamma,
+            "target": None if target is None else (target,),
+            "planned_samples": (settings["samples"],),
+            "image_ids": (images.image_id(x),),
+            "input_hashes": (input_hash(x),),
+            "model_fingerprint": fingerprint,
+            "device": str(device),
+            "exploration": None,
+        }
+        if any(getattr(cert.settings, name) != value for name, value in wanted.items()):
+            return None
+        if not cert.stopped_off_plan:
+            return cert
+        stop = stop_rule(settings, cert.settings.n)
+        return cert if stop and float(cert.overlap(stop.k, stop.radius).share) >= stop.overlap else None
+
+    def _record(self, source: images.Source) -> Record:
+        return self._records.get(source.name, Record())
+
+    def seconds(self, source: images.Source, cert: Certificate) -> float:
+        """What earlier runs spent on these samples."""
+        record = self._record(source)
+        same = record.image.get("input_hash") in (cert.settings.input_hashes or ())
+        return (record.seconds or 0.0) if same else 0.0
+
+    def drawn(self, source: images.Source, settings: dict[str, Any]) -> bool:
+        """Whether the picture of a finished certificate shows what these settings ask for."""
+        return self._record(source).settings == settings and (self._folder / f"{source.name}.png").exists()

@@ -1,0 +1,44 @@
+"""What a report says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robattr_fast.certify import Certificate
+
+
+def remarks(cert: Certificate) -> list[str]:
+    """What a reader of a certificate's numbers must know besides."""
+    found = []
+    if cert.exploratory:
+        found.append("bound, slack or alpha were chosen after the fact: its level is not what it says")
+    if cert.reason is not None:
+        found.append(cert.reason)
+    elif cert.stopped_off_plan:
+        found.append(f"{cert.samples.tolist()} samples of {list(cert.settings.planned_samples or ())} planned")
+    if cert.invalid.any():
+        found.append(f"{cert.invalid.tolist()} samples were not finite and count as the zero map")
+    return found
+
+
+def proved(certs: Sequence[Certificate]) -> list[str]:
+    """The statements of the certificates, and what they leave open."""
+    levels = sorted({cert.settings.evaluation.alpha for cert in certs})
+    confidence = " or ".join(f"{100 * (1 - alpha):g} %" for alpha in levels)
+    return [
+        fX
+        "radius and every size of the top set.",
+        "Overlap. Change the image in whatever way, by at most the radius in the L2 norm of its pixels (in [0, 1]). Of "
+        "the elements that the map shown here ranks highest, at least the stated number are among as many highest "
+        "elements of the smoothed map of the changed image.",
+        "Certified set. An element shown as surely in belongs to the top set of the smoothed map of every such image, "
+        "an element shown as surely outside to none. A pixel with several channels is in if one of them is, and "
+        "outside if all are.",
+        "Class. Below its radius the class that most noisy copies vote for does not change.",
+        "The statements are about the smoothed map, the mean over all noise of that strength. A map that is estimated "
+        "anew at the changed image from few samples has an error of its own. Nothing is said about whether a map "
+        "explains the model well.",
+        "Shares and radii are rounded down, curves are drawn as steps below the certified values.",
+        "A checksum detects damage of a file, not forgery: robattr-fast verify FILE --model MODEL --replay all repeats "
+        "all samples.",
+    ]
