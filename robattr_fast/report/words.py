@@ -26,14 +26,14 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
     levels = sorted({cert.settings.evaluation.alpha for cert in certs})
     confidence = " or ".join(f"{100 * (1 - alpha):g} %" for alpha in levels)
     return [
-        f"For each image, with confidence {confidence} over the random noise, everything below holds at once, for every "
-        "radius and every size of the top set.",
+        f"For each image, with confidence {confidence} over the random noise, everything below holds at once, for "
+        "every radius and every size of the top set.",
         "Overlap. Change the image in whatever way, by at most the radius in the L2 norm of its pixels (in [0, 1]). Of "
         "the elements that the map shown here ranks highest, at least the stated number are among as many highest "
         "elements of the smoothed map of the changed image.",
         "Certified set. An element shown as surely in belongs to the top set of the smoothed map of every such image, "
-        "an element shown as surely outside to none. A pixel with several channels is in if one of them is, and outside "
-        "if all are.",
+        "an element shown as surely outside to none. A pixel with several channels is in if one of them is, and "
+        "outside if all are.",
         "Class. Below its radius the class that most noisy copies vote for does not change.",
         "The statements are about the smoothed map, the mean over all noise of that strength. A map that is estimated "
         "anew at the changed image from few samples has an error of its own. Nothing is said about whether a map "
