@@ -144,7 +144,7 @@ class Shown:
             height=height,
             grid=_axes(self.grid),
             panels="panels" if photograph else "panels pair",
-            paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in range(len(self.methods))),
+            paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in reversed(range(len(self.methods)))),
             key="".join(_key(i, method) for i, method in enumerate(self.methods)),
             columns="".join(f'<th scope="col">{radius:g}</th>' for radius in radii),
             rows="".join(_row(cert, share, radii) for share in self.shares),

@@ -72,7 +72,7 @@ function show() {
     const set = sets[choice];
     const shown = paint(article, set, step);
     const count = set.counts[0][step];
-    paths.forEach((path, method) => path.setAttribute("d", staircase(set.counts[method], set.k)));
+    paths.forEach((path) => path.setAttribute("d", staircase(set.counts[path.dataset.method], set.k)));
     part("now").setAttribute("x1", x(step));
     part("now").setAttribute("x2", x(step));
     part("dot").setAttribute("cx", x(step));

@@ -26,8 +26,8 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
     levels = sorted({cert.settings.evaluation.alpha for cert in certs})
     confidence = " or ".join(f"{100 * (1 - alpha):g} %" for alpha in levels)
     return [
-        fX
-        "radius and every size of the top set.",
+        f"For each image, with confidence {confidence} over the random noise, everything below holds at once, for "
+        "every radius and every size of the top set.",
         "Overlap. Change the image in whatever way, by at most the radius in the L2 norm of its pixels (in [0, 1]). Of "
         "the elements that the map shown here ranks highest, at least the stated number are among as many highest "
         "elements of the smoothed map of the changed image.",
