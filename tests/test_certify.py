@@ -132,18 +132,20 @@ def test_nonfinite_samples(on_nonfinite):
     class Sometimes(Elementwise):
         def forward(self, z):
             logits = super().forward(z)
-            return torch.where(z.flatten(1)[:, :1] > 0.9, torch.nan, 1.0) * logits
+            return torch.where(z.flatten(1)[:, :1] > 0.5, torch.nan, 1.0) * logits
 
     model = Sometimes(1, 12, 12).eval()
     x = images(1)
-    first = rf.reference.noisy_samples(x, 0.3, 50)[0, :, 0, 0, 0] > 0.9
-    assert 0 < first.sum() < 50
+    first = rf.reference.noisy_samples(x, 0.3, 50)[0, :, 0, 0, 0] > 0.5
+    assert 1 < first.sum() < 50
     if on_nonfinite == "raise":
         with pytest.raises(rf.NonFiniteError, match=f"sample {int(first.int().argmax())} of image 0"):
             rf.certify(model, x, **COMMON, batch_size=8)
         return
-    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite)
+    retain = int(first.nonzero()[-1])  # all but the last invalid sample
+    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite, retain=retain)
     assert certificate.invalid.tolist() == [int(first.sum())]
+    assert int(certificate.gram_summary[0, -1]) == int(first.sum()) - 1
     assert int(certificate.class_counts.sum()) == 50 - int(first.sum())
     counts, _ = counts_by_hand(MODEL, x, **COMMON)
     assert (certificate.counts <= counts).all()
