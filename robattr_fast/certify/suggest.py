@@ -209,7 +209,7 @@ def _combinations(
     taus: Sequence[float], gammas: Sequence[float | None], levels: Sequence[int]
 ) -> list[tuple[float, float | None, int]]:
     """All (tau, gamma, levels) that make sense, once each. gamma=tau leaves two values, whatever the levels."""
-    maps = {}
+    maps: dict[tuple[float, float | None, int], None] = {}
     for number in levels:
         _check.integer("levels", number, 1, 15)
         for tau in taus:
