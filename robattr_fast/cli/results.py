@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import io
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,15 +18,10 @@ from rich.table import Table
 from robattr_fast import backends
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
-from robattr_fast.rounding import percent, radius
+from robattr_fast.rounding import percent, radius, rounded_cosine
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE
 
 _STAR = "*"  # of a share that second moments certify
-
-
-def rounded_cosine(value: float) -> str:
-    """A certified cosine, rounded down to three digits, as .987."""
-    return f"{math.floor(1000 * value) / 1000:.3f}".removeprefix("0")
 
 
 class Label(NamedTuple):
