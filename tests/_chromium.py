@@ -52,7 +52,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             close_fds=False,
-            preexec_fn=on_3_and_4,  # noqa: PLW1509
+            preexec_fn=on_3_and_4,
         )
         os.close(their_input)
         os.close(their_output)

@@ -136,7 +136,10 @@ def test_every_sample_gets_its_row(batch_size):
     chosen = np.array([0, 16, 14, 3, 21, 4, 8])
     batches = module._batches(chosen, intervals, batch_size, in_place=True)
     placed = {
-        position: (sample, row) for batch in batches for row, (sample, position) in enumerate(batch) if position is not None
+        position: (sample, row)
+        for batch in batches
+        for row, (sample, position) in enumerate(batch)
+        if position is not None
     }
     assert all(len(batch) == batch_size for batch in batches)
     expected = [(5, 0), (41, 1), (19, 14), (8, 3), (46, 6), (9, 4), (13, 8)]

@@ -228,7 +228,8 @@ def box_overlap(
     mean, lower, upper: float64 ``[n]``; the bounds are those of the *perturbed* map (already shifted by the radius).
     At threshold t only elements of the top-K with lower <= t may leave it and only others with upper >= t may enter.
     t is searched by branch and bound; ``evaluations`` bounds the work, and an unfinished search errs on the safe side.
-    It ends once it cannot prove more than ``known``, an overlap that was proved otherwise. order: the elements by falling mean, ties by index, if at hand.
+    It ends once it cannot prove more than ``known``, an overlap that was proved otherwise.
+    order: the elements by falling mean, ties by index, if at hand.
     """
     if order is None:
         order = torch.argsort(mean, descending=True, stable=True)
