@@ -1,7 +1,7 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
 from robattr_fast import backends, reference
-from robattr_fast.certify import Certificate, Progress, StopWhen, certify, overlap
+from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
 from robattr_fast.errors import (
     BackendError,
     CertificateFileError,
@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "Progress",
     "StopWhen",
+    "Suggestion",
     "backends",
     "betting_bounds",
     "certify",
@@ -33,5 +34,6 @@ __all__ = [
     "reference",
     "smoothgrad",
     "sparsify",
+    "suggest",
     "topk_threshold",
 ]

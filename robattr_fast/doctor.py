@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from robattr_fast import _extension, backends, ops, reference
+from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.betting_bounds import betting_shares
 
 _LINKS = ("kernels", "csrc")
@@ -179,9 +180,11 @@ def _check_count_sparsified_(device: torch.device) -> list[Case]:
     cases += [("counts known by heart", counts, known), ("invalid samples", invalid, torch.ones(1, dtype=torch.int32))]
     for levels in (1, 15):
         got, expected = (torch.zeros(3, 1000, levels, dtype=torch.int32, device=device) for _ in range(2))
-        ops.count_sparsified_(got, _scores(device), 0.1, 0.02)
-        reference.count_sparsified_(expected, _scores(device), 0.1, 0.02)
-        cases.append((f"levels={levels}", got, expected))
+        shape = 3, 7, packed_row_bytes(1000, levels)
+        packed, expected_packed = (torch.full(shape, 255, dtype=torch.uint8, device=device) for _ in range(2))
+        ops.count_sparsified_(got, _scores(device), 0.1, 0.02, packed=packed)
+        reference.count_sparsified_(expected, _scores(device), 0.1, 0.02, packed=expected_packed)
+        cases += [(f"levels={levels}", got, expected), (f"packed, levels={levels}", packed, expected_packed)]
     return cases
 
 

@@ -335,6 +335,7 @@ def test_wealth_is_a_martingale():
         (torch.tensor([[[1, 2]]], dtype=torch.int32), 2, 0.1, ValueError, "more than samples"),
         (torch.tensor([[[-1]]], dtype=torch.int32), 2, 0.1, ValueError, "negative"),
         (torch.tensor([[[1]]], dtype=torch.int32), -1, 0.1, ValueError, "samples"),
+        (torch.tensor([[[1]]], dtype=torch.int32), 2**31, 0.1, ValueError, "at most 2147483647"),
         (torch.tensor([[[1]]], dtype=torch.int32), 2, 0.0, ValueError, "delta"),
         (torch.tensor([[[1]]], dtype=torch.int32), 2, 1.0, ValueError, "delta"),
         (torch.tensor([[[1]]], dtype=torch.int32), 2, math.nan, ValueError, "delta"),

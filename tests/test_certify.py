@@ -10,7 +10,8 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast.certify import engine
+from robattr_fast.certify import Overlap, engine
+from robattr_fast.certify.concentration import summarize_gram
 
 
 def images(count: int = 2) -> torch.Tensor:
@@ -131,18 +132,20 @@ def test_nonfinite_samples(on_nonfinite):
     class Sometimes(Elementwise):
         def forward(self, z):
             logits = super().forward(z)
-            return torch.where(z.flatten(1)[:, :1] > 0.9, torch.nan, 1.0) * logits
+            return torch.where(z.flatten(1)[:, :1] > 0.5, torch.nan, 1.0) * logits
 
     model = Sometimes(1, 12, 12).eval()
     x = images(1)
-    first = rf.reference.noisy_samples(x, 0.3, 50)[0, :, 0, 0, 0] > 0.9
-    assert 0 < first.sum() < 50
+    first = rf.reference.noisy_samples(x, 0.3, 50)[0, :, 0, 0, 0] > 0.5
+    assert 1 < first.sum() < 50
     if on_nonfinite == "raise":
         with pytest.raises(rf.NonFiniteError, match=f"sample {int(first.int().argmax())} of image 0"):
             rf.certify(model, x, **COMMON, batch_size=8)
         return
-    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite)
+    retain = int(first.nonzero()[-1])  # all but the last invalid sample
+    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite, retain=retain)
     assert certificate.invalid.tolist() == [int(first.sum())]
+    assert int(certificate.gram_summary[0, -1]) == int(first.sum()) - 1
     assert int(certificate.class_counts.sum()) == 50 - int(first.sum())
     counts, _ = counts_by_hand(MODEL, x, **COMMON)
     assert (certificate.counts <= counts).all()
@@ -296,3 +299,99 @@ def test_float64_and_half_models():
         certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
         assert certificate.map.dtype == torch.float64
         assert float(certificate.map.sum()) > 0
+
+
+def levels_by_hand(x, *, sigma, tau, samples, levels=1, gamma=None):
+    """Levels of every sample by the reference operators, uint8 [B, q, n]."""
+    noisy = rf.reference.noisy_samples(x, sigma, samples)
+    rows = []
+    for z in noisy.flatten(0, 1):
+        z = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(MODEL(z[None]).max(), z)
+        rows.append(rf.reference.sparsify(gradient.abs().flatten(), tau, gamma, levels=levels) * levels)
+    return torch.stack(rows).round().to(torch.uint8).unflatten(0, noisy.shape[:2])
+
+
+@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
+@pytest.mark.parametrize("retain", [16, 33, 64])
+def test_second_moments_come_from_the_first_samples(levels, gamma, retain):
+    x = images()
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 40, "levels": levels, "gamma": gamma}
+    certificate = rf.certify(MODEL, x, **settings, retain=retain, batch_size=8)
+    rows = min(retain, 40)
+    packed = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :rows], levels)
+    for image in range(2):
+        gram = rf.reference.packed_gram(packed[image], levels)
+        expected = summarize_gram(gram, levels).to_array()
+        assert certificate.gram_summary[image, :-1].tolist() == expected.tolist()
+        assert certificate.gram_summary[image, -1] == 0
+    assert (certificate.distance(0.01) > 0).all()
+
+
+def test_second_moments_cost_nothing_when_declined():
+    certificate = rf.certify(MODEL, images(), **COMMON, second_moment=False, batch_size=8)
+    assert certificate.gram_summary is None
+    assert certificate.settings.ledger.moment == 0
+    with pytest.raises(ValueError, match="second_moment=False"):
+        certificate.cosine(0.1)
+
+
+def test_a_run_that_ends_off_its_looks_has_no_second_moments(monkeypatch):
+    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0.0)
+
+    def interrupt(event):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(rf.CertifyInterrupted) as caught:
+        rf.certify(MODEL, images(1), sigma=0.3, tau=0.2, samples=4000, batch_size=8, progress=interrupt)
+    partial = caught.value.certificate
+    with pytest.raises(ValueError, match="it was planned to look at 512, 1024, 2048, 4000 samples, and there are"):
+        partial.distance(0.1)
+    assert partial.overlap(20, 0.01).method[0] == "marginal"
+
+
+@pytest.mark.parametrize("retain", [100, 600])
+def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
+    """Killed once while rows are still being retained, once after: the same second moments as without."""
+    x = images(2)
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain}
+    whole = rf.certify(MODEL, x, **settings)
+    path = tmp_path / "run.safetensors"
+    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+
+    class Crash(Exception):
+        pass
+
+    original = engine._Run._save
+    for crash_after in (2, 20, 30):
+        saves = [0]
+
+        def save_then_crash(self, saves=saves, crash_after=crash_after):
+            original(self)
+            saves[0] += 1
+            if saves[0] == crash_after:
+                raise Crash
+
+        monkeypatch.setattr(engine._Run, "_save", save_then_crash)
+        with pytest.raises(Crash):
+            rf.certify(MODEL, x, **settings, checkpoint=path)
+    monkeypatch.setattr(engine._Run, "_save", original)
+    resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
+    assert torch.equal(resumed.gram_summary, whole.gram_summary)
+    assert torch.equal(resumed.counts, whole.counts)
+
+
+def test_a_stop_may_come_from_second_moments(monkeypatch):
+    """They hold at scheduled looks only, so the run hits those exactly, whatever the batch size."""
+    looks = []
+
+    def overlap(self, k, radius, method="best"):
+        looks.append((int(self.samples), self.gram_summary is not None))
+        return Overlap(torch.tensor([1.0 if int(self.samples) == 1024 else 0.0]), None)
+
+    monkeypatch.setattr(rf.Certificate, "overlap", overlap)
+    stop = rf.StopWhen(k=20, radius=0.2, overlap=0.5)
+    stopped = rf.certify(MODEL, images(1), sigma=0.3, tau=0.2, samples=4096, batch_size=24, retain=512, stop=stop)
+    assert int(stopped.samples) == 1024
+    assert [samples for samples, moments in looks if moments] == [512, 1024]
+    assert stopped.distance(0.1) > 0

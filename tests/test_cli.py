@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from robattr_fast import BackendError, Certificate, Progress, backends, images
-from robattr_fast.certify import certify
+from robattr_fast.certify import Overlap, certify
 from robattr_fast.cli import app as cli_app
 from robattr_fast.cli import certify as cli_certify
 from robattr_fast.cli import results
@@ -138,8 +138,47 @@ def test_certify_writes_what_the_library_says(folder):
         share = float(row[f"overlap@{radius:g}"])
         assert share == float(wanted.overlap(k, radius).share)
         assert results.percent(share) in result.stdout
+        assert row[f"method@{radius:g}"] == str(wanted.overlap(k, radius).method[0])
+        assert float(row[f"cosine@{radius:g}"]) == float(wanted.cosine(radius))
     assert float(row["overlap@0.001"]) > 0
     assert int(row["class"]) == int(wanted.class_counts[0].argmax())
+
+
+def test_second_moments_are_shown_and_can_be_left_out(folder):
+    options = ("photo.png", "--radius", 0.001, "--radius", 0.1, "--k", 0.1)
+    shown = run(*options, "--retain", 300, samples=512)
+    assert shown.exit_code == 0, shown.output
+    cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
+    assert (cert.settings.retain, int(cert.gram_summary[0, 0])) == (300, 300)
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert f"cos {np.floor(1000 * float(row['cosine@0.1'])) / 1000:.3f}" in shown.stdout
+
+    hidden = run(*options, "--no-second-moment", samples=512)
+    assert hidden.exit_code == 0, hidden.output
+    cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
+    assert not cert.settings.second_moment
+    assert (row["method@0.1"], row["cosine@0.1"]) == ("marginal", "")
+    assert "cos" not in hidden.stdout
+    settings = manifest(folder)["settings"]
+    assert (settings["second_moment"], settings["retain"]) == (False, 2048)
+
+
+def test_the_table_tells_which_method_won(folder):
+    assert run("photo.png", samples=512).exit_code == 0
+    cert, radii = Certificate.load("out/photo.safetensors"), [0.01, 0.1]
+    run_results = results.Results(folder / "out", {"k": 0.2}, radii, torch.device("cpu"))
+    won = Overlap(torch.tensor([[0.5], [0.25]]), np.array([["marginal"], ["second-moment"]]))
+    run_results.rows.append(results.Row("photo", "", 0, results.label(cert, None), cert, 72, won, 1.0))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(run_results.table())
+    title, head, shares, cosines = console.file.getvalue().splitlines()
+    assert shares.split()[1:6] == ["50.0", "%", "25.0", "%", "*"]
+    assert cosines.split() == [word for at in radii for word in ("cos", results.rounded_cosine(float(cert.cosine(at))))]
+    assert "class certified to" in head
+    assert title.startswith("Share of the top 20 %")
+    assert "* by second moments" in run_results.footnote()
+    row = run_results.rows[0].tsv(radii)
+    assert (row["method@0.01"], row["method@0.1"]) == ("marginal", "second-moment")
 
 
 def test_manifest_is_enough_to_repeat_the_run(folder):
@@ -206,6 +245,7 @@ def test_gigantic_image(folder, monkeypatch):
         (["--size", 0], "size"),
         (["--device", "tpu"], "device: got 'tpu', takes cpu or cuda"),
         (["--samples", 0], "samples"),
+        (["--retain", 3], "retain"),
         (["--batch-size", "many"], "batch-size: got 'many'"),
         (["--batch-size", 0], "batch-size"),
     ],

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import robattr_fast as rf
+from robattr_fast.reference import pack_levels
+from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference._select import selected
 
 __all__ = ["backend"]
@@ -16,6 +18,23 @@ __all__ = ["backend"]
 def count(scores, tau, gamma=None, levels=1):
     counts = torch.zeros(scores.shape[0], scores.shape[2], levels, dtype=torch.int32)
     return counts, rf.count_sparsified_(counts, scores, tau, gamma)
+
+
+def pack(scores, tau, gamma=None, levels=1):
+    counts = torch.zeros(scores.shape[0], scores.shape[2], levels, dtype=torch.int32)
+    packed = torch.full(
+        (*scores.shape[:2], packed_row_bytes(scores.shape[2], levels)), 255, dtype=torch.uint8
+    )  # a byte that nobody writes stays 255
+    invalid = rf.count_sparsified_(counts, scores, tau, gamma, packed=packed)
+    return counts, invalid, packed
+
+
+def expected_packed(scores, tau, gamma, levels):
+    """Packed levels by sorting each row."""
+    n = scores.shape[2]
+    found = [sorted_levels(row, selected(tau, n), selected(gamma or tau, n), levels) for row in scores.reshape(-1, n)]
+    level = np.stack([np.zeros(n) if row is None else row for row in found]).reshape(scores.shape)
+    return pack_levels(torch.from_numpy(level).to(torch.uint8), levels)
 
 
 def expected_counts(scores, tau, gamma, levels):
@@ -64,6 +83,55 @@ def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
     assert invalid.tolist() == [0, 1]
 
 
+@given(
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6),
+    n=st.one_of(st.sampled_from([1, 2, 17, 511, 512, 513, 8192, 9001]), st.integers(1, 200)),
+    batch=st.integers(1, 3),
+    tau=st.floats(1e-3, 1),
+    ratio=st.floats(0.05, 1),
+    levels=st.sampled_from([1, 2, 4, 15]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@examples(100)
+def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype):
+    rows = [[make_row(kind, n, dtype, seed=17 * b + j) for j, kind in enumerate(kinds)] for b in range(batch)]
+    scores = np.array(rows)
+    counts, invalid, packed = pack(torch.from_numpy(scores), tau, tau * ratio, levels)
+    assert torch.equal(packed, expected_packed(scores, tau, tau * ratio, levels))
+    unpacked_counts, unpacked_invalid = count(torch.from_numpy(scores), tau, tau * ratio, levels)
+    assert torch.equal(counts, unpacked_counts)
+    assert torch.equal(invalid, unpacked_invalid)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 15])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 3000, 3001])
+def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
+    scores = torch.randn(2, 9, n).to(dtype)
+    scores[1, 3, n // 2] = torch.nan
+    for view in (scores, scores.transpose(0, 1), scores[:, ::2], scores[..., ::3], scores[:, :1].expand(2, 4, n)):
+        h = rf.sparsify(view, 0.2, 0.05, levels=levels)
+        level = torch.round(h.nan_to_num(nan=0.0) * levels).to(torch.uint8)
+        _, invalid, packed = pack(view, 0.2, 0.05, levels)
+        assert torch.equal(packed, pack_levels(level, levels))
+        assert torch.equal(invalid, h.isnan().any(dim=2).sum(dim=1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("levels", [1, 15])
+def test_packed_real_size(backend, levels):
+    scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in sorted(KINDS)])[None]
+    assert torch.equal(pack(scores, 0.1, 0.02, levels)[2], expected_packed(scores.numpy(), 0.1, 0.02, levels))
+
+
+def test_packed_into_part_of_a_buffer(backend):
+    scores = torch.rand(1, 5, 700)
+    buffer = torch.full((9, packed_row_bytes(700, 4)), 255, dtype=torch.uint8)
+    rf.count_sparsified_(torch.zeros(1, 700, 4, dtype=torch.int32), scores, 0.3, 0.1, packed=buffer[2:7][None])
+    assert torch.equal(buffer[2:7], pack(scores, 0.3, 0.1, 4)[2][0])
+    assert buffer[:2].eq(255).all()
+    assert buffer[7:].eq(255).all()
+
+
 @pytest.mark.parametrize("levels", [1, 15])
 def test_real_size(backend, levels):
     scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in sorted(KINDS)])[None]
@@ -75,7 +143,9 @@ def test_real_size(backend, levels):
 
 def test_more_rows_than_one_wave(backend):
     scores = torch.rand(3, 700, 100)
-    counts, _ = count(scores, 1.0, 0.1, 3)
+    counts, _, packed = pack(scores, 1.0, 0.1, 3)
+    level = torch.round(rf.sparsify(scores, 1.0, 0.1, levels=3) * 3).to(torch.uint8)
+    assert torch.equal(packed, pack_levels(level, 3))
     assert counts.sum(dim=-1).eq(700).all()
     split = torch.zeros_like(counts)
     for part in scores.split([1, 300, 399], dim=1):
@@ -123,29 +193,39 @@ def test_any_number_of_threads(threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        actual = count(scores, 0.3, 0.1, 5)[0]
+        actual = pack(scores, 0.3, 0.1, 5)
     finally:
         torch.set_num_threads(before)
     with rf.backends.use("reference"):
-        assert torch.equal(actual, count(scores, 0.3, 0.1, 5)[0])
+        expected = pack(scores, 0.3, 0.1, 5)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_opcheck():
     scores = torch.rand(2, 3, 40)
     counts = torch.zeros(2, 40, 4, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.robattr_fast.count_sparsified_.default, (counts, scores, 0.3, 0.1))
+    packed = torch.zeros(2, 3, packed_row_bytes(40, 4), dtype=torch.uint8)
+    for written in (None, packed):
+        torch.library.opcheck(torch.ops.robattr_fast.count_sparsified_.default, (counts, scores, 0.3, 0.1, written))
 
 
 def test_compile():
     scores = torch.rand(2, 3, 40)
     counts = torch.zeros(2, 40, 4, dtype=torch.int32)
 
-    def step(counts, scores):
-        invalid = rf.count_sparsified_(counts, scores * 2, 0.3, 0.1)
+    packed = torch.full((2, 3, packed_row_bytes(40, 4)), 255, dtype=torch.uint8)
+
+    def step(counts, scores, packed=None):
+        invalid = rf.count_sparsified_(counts, scores * 2, 0.3, 0.1, packed=packed)
         return invalid + 1
 
-    assert torch.compile(step, fullgraph=True)(counts, scores).tolist() == [1, 1]
-    assert torch.equal(counts, count(scores, 0.3, 0.1, 4)[0])
+    compiled = torch.compile(step, fullgraph=True)
+    assert compiled(counts, scores).tolist() == [1, 1]
+    expected, _, expected_rows = pack(scores, 0.3, 0.1, 4)
+    assert torch.equal(counts, expected)
+    assert compiled(counts, scores, packed).tolist() == [1, 1]
+    assert torch.equal(counts, 2 * expected)
+    assert torch.equal(packed, expected_rows)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +243,13 @@ def test_compile():
         ({"scores": torch.rand(2, 9)}, ValueError, r"takes \[B, q, n\]"),
         ({"scores": torch.rand(2, 0, 9)}, ValueError, "empty shape"),
         ({"scores": torch.ones(2, 3, 9, dtype=torch.int32)}, TypeError, "scores: got dtype torch.int32"),
+        ({"packed": 3}, TypeError, "packed: got int"),
+        ({"packed": torch.zeros(2, 3, 64)}, TypeError, "packed: got dtype torch.float32"),
+        ({"packed": torch.zeros(2, 3, 2, dtype=torch.uint8)}, ValueError, r"packed: got shape .* takes \(2, 3, 64\)"),
+        ({"packed": torch.zeros(3, 64, dtype=torch.uint8)}, ValueError, r"packed: got shape .* takes \(2, 3, 64\)"),
+        ({"packed": torch.zeros(2, 2, 64, dtype=torch.uint8)}, ValueError, r"packed: got shape .* takes \(2, 3, 64\)"),
+        ({"packed": torch.zeros(3, 2, 64, dtype=torch.uint8).transpose(0, 1)}, ValueError, "packed: got strides"),
+        ({"packed": torch.zeros(2, 3, 64, dtype=torch.uint8, device="meta")}, ValueError, "packed: got device meta"),
         ({"tau": 0.0}, ValueError, "tau: got 0.0"),
         ({"gamma": 0.6}, ValueError, "gamma: got 0.6"),
     ],

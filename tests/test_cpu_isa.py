@@ -13,6 +13,7 @@ import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
 from _operators import DTYPES, KINDS, make_row
 import robattr_fast as rf
+from robattr_fast.reference._pack_levels import packed_row_bytes
 
 digest = hashlib.sha256()
 def add(tensor):
@@ -35,6 +36,11 @@ with rf.backends.use("cpu", strict=True):
             counts = torch.zeros(3, n, 15, dtype=torch.int32)
             add(rf.count_sparsified_(counts, scores.reshape(3, -1, n), 0.2, 0.05))
             add(counts)
+            for levels in (1, 15):
+                counts = torch.zeros(3, n, levels, dtype=torch.int32)
+                packed = torch.full((3, len(KINDS) // 3, packed_row_bytes(n, levels)), 255, dtype=torch.uint8)
+                rf.count_sparsified_(counts, scores.reshape(3, -1, n), 0.2, 0.05, packed=packed)
+                add(packed)
 print(digest.hexdigest())
 """
 

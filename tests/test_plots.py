@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from robattr_fast import plots
-from robattr_fast.certify import Certificate
+from robattr_fast import plots, reference
+from robattr_fast.certify import Certificate, Settings
+from robattr_fast.certify.certificate import METHODS
+from robattr_fast.certify.moments import summary_row
 
 K = 20
 
@@ -44,6 +46,43 @@ def test_curves_are_those_of_the_certificate():
         assert radii[-1] >= 0.1
         np.testing.assert_allclose(percent, 100 * source.overlap(K, radii.tolist()).share[:, 0].numpy())
     assert (drawn[plots.OURS].get_ydata() > drawn[plots.PUBLISHED].get_ydata()).any()
+
+
+def with_second_moments(n=360, samples=600, k_tau=36):
+    """Independent samples of 0/1 maps that each select k_tau elements."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.linspace(-3, 3, n) + 1.5 * torch.randn(samples, n, generator=generator)
+    maps = torch.zeros(samples, n, dtype=torch.uint8).scatter_(1, scores.topk(k_tau, dim=1).indices, 1)
+    return Certificate(
+        counts=maps.sum(0, dtype=torch.int32)[None, :, None],
+        samples=torch.tensor([samples]),
+        gram_summary=summary_row(reference.pack_levels(maps, 1), 1, 0)[None],
+        settings=Settings(
+            sigma=0.5, shape=(3, 12, 10), tau=0.1, planned_samples=(samples,), second_moment=True, retain=samples
+        ),
+    )
+
+
+def test_every_method_has_its_curve():
+    cert = with_second_moments()
+    grid, marked = np.linspace(0, 0.4, 9).tolist(), [0.1, 0.2]
+    curves = plots.overlap_curves(cert, 36, grid, marked)
+    assert list(curves) == [plots.OURS, plots.MARGINAL, plots.PUBLISHED]
+    shares = {method: cert.overlap(36, grid, method).share[:, 0].numpy() for method in METHODS}
+    np.testing.assert_array_equal(curves[plots.MARGINAL], shares["marginal"])
+    assert (curves[plots.OURS] <= shares["best"]).all()
+    assert (curves[plots.OURS] >= np.maximum(shares["marginal"], shares["second-moment"])).all()
+    at = [grid.index(radius) for radius in marked]
+    np.testing.assert_array_equal(curves[plots.OURS][at], shares["best"][at])
+    assert (shares["best"] > shares["marginal"]).any()
+
+
+def test_figure_tells_the_cosine():
+    cert = with_second_moments()
+    figure = plots.certificate_figure(torch.rand(3, 12, 10), cert, k=36, radii=[0.02, 0.1])
+    (caption,) = (text.get_text() for text in figure.texts if "samples" in text.get_text())
+    assert f"at radius 0.1: at least {np.floor(1000 * float(cert.cosine(0.1))) / 1000:.3f}" in caption
+    assert float(cert.cosine(0.1)) > 0.1
 
 
 def test_published_procedure_alone_has_one_curve():

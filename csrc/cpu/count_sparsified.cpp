@@ -12,6 +12,12 @@ constexpr int64_t kInvalid = -1;
 constexpr int64_t kWaveEntries = 1 << 17;
 constexpr int64_t kCountersPerTask = 1 << 15;
 
+// Packed levels of all rows (reference/_pack_levels.py), if wanted.
+struct PackedRows {
+  uint8_t* data = nullptr;
+  int64_t row_bytes = 0;
+};
+
 }  // namespace
 }  // namespace robattr_fast
 
@@ -36,7 +42,8 @@ int32_t count_list(int32_t* counters, const uint32_t* list, int64_t size, uint32
 
 }  // namespace
 
-bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_tau, int64_t k_gamma) {
+bool count_sparsified_(Tensor counts, Tensor invalid, std::optional<Tensor> packed, Tensor scores, int64_t k_tau,
+                       int64_t k_gamma) {
   const Rows rows(scores);
   const int levels = static_cast<int>(counts.size(2));
   const int64_t counters = rows.n * levels;
@@ -52,6 +59,8 @@ bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_t
   int64_t* const size = sizes.data();
   auto* const counter = static_cast<int32_t*>(counts.mutable_data_ptr());
   auto* const invalid_count = static_cast<int32_t*>(invalid.mutable_data_ptr());
+  PackedRows packed_rows;
+  if (packed) packed_rows = {static_cast<uint8_t*>(packed->mutable_data_ptr()), packed->size(2)};
   std::atomic<int32_t> seen = 0;
 
   dispatch_key(rows.type, [&](auto tag) {
@@ -59,7 +68,7 @@ bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_t
     for (int64_t first = 0; first < rows.count; first += wave) {
       const int64_t last = std::min(first + wave, rows.count);
       parallel_for(first, last, rows_per_task(rows.n), [&](int64_t begin, int64_t end) {
-        kernel(rows, begin, end, first, k_tau, k_gamma, levels, list, pitch, size);
+        kernel(rows, begin, end, first, k_tau, k_gamma, levels, list, pitch, size, packed_rows);
       });
       const int64_t first_image = first / rows.samples, images = (last - 1) / rows.samples - first_image + 1;
       const int64_t ranges = (counters + kCountersPerTask - 1) / kCountersPerTask;

@@ -56,8 +56,10 @@ void topk_threshold(Tensor out, Tensor scores, int64_t k);
 // out [rows, n], float or double, contiguous; scores [rows, n] of any strides. levels = 0: not rounded.
 void sparsify(Tensor out, Tensor scores, int64_t k_tau, int64_t k_gamma, int64_t levels);
 
-// counts int32 [B, n, L] and invalid int32 [B] grow; scores [B, q, n] of any strides. True: a count has overflowed.
-bool count_sparsified_(Tensor counts, Tensor invalid, Tensor scores, int64_t k_tau, int64_t k_gamma);
+// counts int32 [B, n, L] and invalid int32 [B] grow; packed uint8 [B, q, row_bytes] is overwritten, all contiguous;
+// scores [B, q, n] of any strides. True: a count has overflowed.
+bool count_sparsified_(Tensor counts, Tensor invalid, std::optional<Tensor> packed, Tensor scores, int64_t k_tau,
+                       int64_t k_gamma);
 
 // lower and upper float64 [B, n]; counts int32 [B, n, L], samples int64 [B], shares float64 [32], all contiguous.
 void betting_bounds(Tensor lower, Tensor upper, Tensor counts, Tensor samples, Tensor shares, double log_inverse_delta);

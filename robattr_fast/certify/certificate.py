@@ -225,6 +225,11 @@ class Certificate:
         """Why `evaluated_bound` is not the bound asked for; None if it is."""
         return self._evaluated.reason
 
+    @property
+    def has_second_moments(self) -> bool:
+        """True if second moments (T7) prove something of every image: `distance` and `cosine` may be asked for."""
+        return all(moments.proved is not None for moments in self._moments)
+
     def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
         """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
 
@@ -242,10 +247,10 @@ class Certificate:
         self._check_method(method)
         radii, scalar = _radii(radius)
         marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
-        if method == "marginal" or not self._any_moments:
+        if method == "marginal" or not any(moments.proved for moments in self._moments):
             count, won = marginal_count, np.full(marginal_count.shape, "marginal")
         else:
-            count = self._moment_counts(k, radii, boxed=method == "best")
+            count = self._moment_counts(k, radii)
             won = np.full(count.shape, "second-moment")
             if method == "best":
                 won = np.where(count > marginal_count, won, "marginal")
@@ -383,26 +388,15 @@ class Certificate:
             for image, samples in enumerate(self.samples.tolist())
         ]
 
-    @property
-    def _any_moments(self) -> bool:
-        return any(moments.proved is not None for moments in self._moments)
-
     def _require_moments(self) -> None:
         for image, moments in enumerate(self._moments):
             if moments.reason is not None:
                 raise ValueError(f"image {image} has no second moments: {moments.reason}")
 
-    def _moment_counts(self, k: int, radii: torch.Tensor, *, boxed: bool) -> torch.Tensor:
-        """Certified counts by T7, int64 [R, B]; ``boxed``: together with the bounds of T3."""
-        counts = torch.zeros(len(radii), len(self), dtype=torch.int64)
-        for image, moments in enumerate(self._moments):
-            for row, radius in enumerate(radii.tolist()):
-                counts[row, image] = moments.overlap(k, radius)
-                for slack in self._slacks(k) if boxed and moments.proved is not None else ():
-                    lower, upper = (bound[image] for bound in self._evaluated.bounds(slack))
-                    together = moments.boxed_overlap(k, radius, lower, upper, slack)
-                    counts[row, image] = max(int(counts[row, image]), together)
-        return counts
+    def _moment_counts(self, k: int, radii: torch.Tensor) -> torch.Tensor:
+        """Certified counts by T7, int64 [R, B]."""
+        rows = [[moments.overlap(k, radius) for moments in self._moments] for radius in radii.tolist()]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(radii), len(self))
 
     def _moment_values(self, radius: float | Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
         self._require_moments()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from robattr_fast.certify.concentration import GramSummary, look_schedule, mean_map, summarize_gram
-from robattr_fast.certify.second_moment import SecondMoments, TopKCost, box_overlap, second_moments
+from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments
 from robattr_fast.certify.settings import Settings
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._select import selected
@@ -48,8 +48,6 @@ class Moments:
         self.reason = _why_not(settings, image, samples, summary)
         self.proved: SecondMoments | None = None
         self._costs: dict[int, TopKCost] = {}
-        self._order: torch.Tensor | None = None
-        self._quantiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.reason is not None:
             return
         abstains = settings.on_nonfinite == "abstain"
@@ -75,30 +73,6 @@ class Moments:
     def overlap(self, k: int, radius: float) -> int:
         """How many of the displayed top-k stay; 0 where nothing is proved."""
         return 0 if self.proved is None else self._cost(k).overlap(self.proved.distance(radius))
-
-    def boxed_overlap(self, k: int, radius: float, lower: torch.Tensor, upper: torch.Tensor, slack: int) -> int:
-        """The same with the boxes of T3, float64 [n], at x, of which at most ``slack`` bounds fail.
-
-        They must be the same bounds each time for one slack.
-        """
-        if self.proved is None:
-            return 0
-        if self._order is None:
-            self._order = torch.argsort(self.mean, descending=True, stable=True)
-        if slack not in self._quantiles:
-            self._quantiles[slack] = torch.special.ndtri(lower), torch.special.ndtri(upper)
-        low, high = self._quantiles[slack]
-        shift, distance = radius / self.proved.sigma, self.proved.distance(radius)
-        return box_overlap(
-            self.mean,
-            k,
-            distance,
-            torch.special.ndtr(low - shift),
-            torch.special.ndtr(high + shift),
-            slack,
-            known=self._cost(k).overlap(distance),
-            order=self._order,
-        )
 
     def radius(self, k: int, count: int) -> float:
         """The largest radius within which ``count`` of the displayed top-k stay."""

@@ -5,7 +5,6 @@ expectation at a perturbed x~ with ||x~ - x|| <= radius, Sigma the covariance of
 k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/certificates.md.
 """
 
-import heapq
 import math
 from dataclasses import dataclass
 
@@ -208,55 +207,6 @@ def _one_sided_costs(near: np.ndarray, far: np.ndarray) -> np.ndarray:
     width = near + far + t
     magnitude = near_2[size] + far_2 + 2 * size * t**2 + 2 * (t + width) * (near_1[size] + far_1 + 2 * size * t)
     return value - np.abs(slope) * width - (2 * size + 32) * _EPS * magnitude
-
-
-def box_overlap(
-    mean: Tensor,
-    k: int,
-    distance: float,
-    lower: Tensor,
-    upper: Tensor,
-    slack: int = 0,
-    *,
-    evaluations: int = 256,
-    known: int = 0,
-    order: Tensor | None = None,
-) -> int:
-    """The overlap that ball and boxes prove together, for p~ within ``distance`` of p^ and, but for at most ``slack``
-    of the 2n bounds, lower <= p~ <= upper.
-
-    mean, lower, upper: float64 ``[n]``; the bounds are those of the *perturbed* map (already shifted by the radius).
-    At threshold t only elements of the top-K with lower <= t may leave it and only others with upper >= t may enter.
-    t is searched by branch and bound; ``evaluations`` bounds the work, and an unfinished search errs on the safe side.
-    It ends once it cannot prove more than ``known``, an overlap that was proved otherwise.
-    order: the elements by falling mean, ties by index, if at hand.
-    """
-    if order is None:
-        order = torch.argsort(mean, descending=True, stable=True)
-    top, rest = order[:k].flip(0), order[k:]
-    leave, enter = mean[top].numpy(), mean[rest].numpy()
-    floor, roof = lower[top].numpy(), upper[rest].numpy()
-    budget = distance**2 * (1 + 1e-9)
-
-    def movable(start: float, end: float) -> int:
-        # The most leavers that any t in [start, end] affords: leavers priced at end, entrants at start.
-        out = np.maximum(leave[floor <= end] - end, 0.0)
-        into = np.maximum(start - enter[roof >= start], 0.0)
-        most = min(len(out), len(into))
-        return int(np.searchsorted(np.cumsum(out[:most] ** 2 + into[:most] ** 2), budget, side="right"))
-
-    # p~ lies in [0,1]^n, hence so does a t between leavers and entrants.
-    cells = [(-movable(0.0, 1.0), 0.0, 1.0)]
-    best = 0
-    for _ in range(evaluations):
-        bound, start, end = cells[0]
-        middle = 0.5 * (start + end)
-        best = max(best, movable(middle, middle))
-        if -bound <= best or best + slack >= k - known or not start < middle < end:
-            break
-        heapq.heapreplace(cells, (-movable(start, middle), start, middle))
-        heapq.heappush(cells, (-movable(middle, end), middle, end))
-    return max(k - min(-cells[0][0] + slack, k, len(rest)), 0)
 
 
 def _divergence(ratio: float) -> float:

@@ -16,7 +16,6 @@ from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
-from robattr_fast.reference import pack_levels
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.sampling import Scored
 
@@ -36,7 +35,7 @@ class State:
         self.done = [0] * images
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
-        self.retained = [Retained(settings, planned) for planned in settings.planned_samples] if keeps else []
+        self.retained = [Retained(settings, planned, device) for planned in settings.planned_samples] if keeps else []
 
     def add(self, scored: Scored, first_sample: int) -> None:
         """Count the samples of one segment, which follow those that its image has."""
@@ -44,8 +43,6 @@ class State:
         assert segment.first_sample == first_sample + self.done[segment.image]
         scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
-        if self.retained:
-            self.retained[segment.image].add(scores)
         votes = scored.logits.argmax(dim=1)
         if invalid:
             valid = torch.isfinite(scores).all(dim=1)
@@ -74,7 +71,15 @@ class State:
         tau, gamma = self.settings.tau, self.settings.gamma
         assert tau is not None
         if self.counts is not None:
-            return int(count_sparsified_(self.counts[image : image + 1], scores[None], tau, gamma))
+            counts, invalid = self.counts[image : image + 1], 0
+            kept = min(len(scores), self.retained[image].missing) if self.retained else 0
+            if kept:
+                packed = self.retained[image].next_rows(kept)
+                invalid = int(count_sparsified_(counts, scores[None, :kept], tau, gamma, packed=packed[None]))
+                self.retained[image].written(kept, invalid)
+            if kept < len(scores):
+                invalid += int(count_sparsified_(counts, scores[None, kept:], tau, gamma))
+            return invalid
         assert self.sums is not None
         h = sparsify(scores, tau, gamma, levels=None)
         self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
@@ -115,7 +120,7 @@ class State:
             tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([rows.invalid for rows in self.retained])
             for image, rows in enumerate(self.retained):
                 if rows.packed is not None:
-                    tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.packed[: rows.filled]
+                    tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.packed[: rows.filled].cpu()
         files.save(path, tensors, certificate.settings.to_json())
 
     def restore(self, path: str | os.PathLike) -> None:
@@ -138,33 +143,35 @@ class State:
 class Retained:
     """The packed levels of an image's first samples, until there are as many as planned; then their summary alone."""
 
-    def __init__(self, settings: Settings, planned: int) -> None:
+    def __init__(self, settings: Settings, planned: int, device: torch.device) -> None:
         self.settings = settings
+        self.device = device
         self.capacity = min(settings.retain, planned)
         self.filled = self.invalid = 0
         self.packed: torch.Tensor | None = None
         self._summary: torch.Tensor | None = None
 
     @property
-    def complete(self) -> bool:
-        return self.filled == self.capacity
+    def missing(self) -> int:
+        """How many samples are still to be retained."""
+        return self.capacity - self.filled
 
-    def add(self, scores: torch.Tensor) -> None:
-        """Keep the maps of the next samples, scores [count, n]; those beyond the plan are not kept."""
-        scores = scores[: self.capacity - self.filled]
-        if not len(scores):
-            return
-        settings = self.settings
-        assert settings.levels is not None
-        assert settings.tau is not None
-        h = sparsify(scores, settings.tau, settings.gamma, levels=settings.levels)
-        levels = (h.nan_to_num(nan=0.0) * settings.levels).round_().to(torch.uint8)
+    @property
+    def complete(self) -> bool:
+        return self.missing == 0
+
+    def next_rows(self, count: int) -> torch.Tensor:
+        """Where the packed levels of the next ``count`` samples go, uint8 [count, row_bytes]; then call `written`."""
         if self.packed is None:
-            row_bytes = packed_row_bytes(settings.n, settings.levels)
-            self.packed = torch.zeros((self.capacity, row_bytes), dtype=torch.uint8)
-        self.packed[self.filled : self.filled + len(scores)] = pack_levels(levels, settings.levels)
-        self.invalid += int(h.isnan().any(dim=1).sum())
-        self.filled += len(scores)
+            assert self.settings.levels is not None
+            row_bytes = packed_row_bytes(self.settings.n, self.settings.levels)
+            self.packed = torch.empty((self.capacity, row_bytes), dtype=torch.uint8, device=self.device)
+        return self.packed[self.filled : self.filled + count]
+
+    def written(self, count: int, invalid: int) -> None:
+        """The next ``count`` rows are there, ``invalid`` of them of invalid samples."""
+        self.filled += count
+        self.invalid += invalid
         self._summary = None
         if self.complete:
             self.summary()
@@ -176,7 +183,7 @@ class Retained:
             if self.packed is None:
                 return no_summary(1)[0]
             assert self.settings.levels is not None
-            self._summary = summary_row(self.packed[: self.filled], self.settings.levels, self.invalid)
+            self._summary = summary_row(self.packed[: self.filled].cpu(), self.settings.levels, self.invalid)
         return self._summary
 
     def restore(self, done: int, invalid: int, summary: torch.Tensor, rows: torch.Tensor | None) -> None:
@@ -185,5 +192,5 @@ class Retained:
         if self.complete:
             self._summary = summary
         elif rows is not None:
-            self.packed = torch.zeros((self.capacity, rows.shape[1]), dtype=torch.uint8)
+            self.packed = torch.empty((self.capacity, rows.shape[1]), dtype=torch.uint8, device=self.device)
             self.packed[: self.filled] = rows

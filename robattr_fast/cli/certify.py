@@ -57,6 +57,10 @@ def certify(
     slack: Annotated[
         int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)
     ] = None,
+    retain: Annotated[int, typer.Option(help="Samples whose maps are kept for second moments, 4 to 8192.")] = 2048,
+    second_moment: Annotated[
+        bool, typer.Option("--second-moment/--no-second-moment", help="Certify by second moments too (part of alpha).")
+    ] = True,
     k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
     radius: Annotated[
         list[float] | None,
@@ -212,7 +216,7 @@ def _write(
         label=label(cert, class_names),
         cert=cert,
         k=k,
-        overlaps=cert.overlap(k, results.radii).share[:, 0].tolist(),
+        overlaps=cert.overlap(k, results.radii),
         seconds=seconds,
     )
     if drawn:

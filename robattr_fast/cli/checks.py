@@ -57,7 +57,7 @@ def _row_faults(cert: Certificate, record: Record) -> list[str]:
     try:
         k = int(said["k"])
         radii = [known.get(name.partition("@")[2]) or float(name.partition("@")[2]) for name in columns]
-        overlaps = cert.overlap(k, radii).share[:, 0].tolist() if radii else []
+        overlaps = cert.overlap(k, radii)
     except (KeyError, ValueError, TypeError) as error:
         return [f"{TABLE}: its row cannot be checked: {error}"]
     row = Row("", "", _only(cert.settings.image_ids), label(cert, None), cert, k, overlaps, 0.0)

@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,17 @@ import torch
 from rich.table import Table
 
 from robattr_fast import backends
-from robattr_fast.certify import Certificate
+from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
 from robattr_fast.rounding import percent, radius
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
+
+_STAR = "*"  # of a share that second moments certify
+
+
+def rounded_cosine(value: float) -> str:
+    """A certified cosine, rounded down to three digits."""
+    return f"{math.floor(1000 * value) / 1000:.3f}"
 
 
 class Label(NamedTuple):
@@ -49,8 +57,30 @@ class Row:
     label: Label
     cert: Certificate
     k: int
-    overlaps: list[float]
+    overlaps: Overlap  # at the R radii of the run, [R, 1]
     seconds: float
+
+    @property
+    def shares(self) -> list[float]:
+        return self.overlaps.share[:, 0].tolist()
+
+    @property
+    def methods(self) -> list[str]:
+        return self.overlaps.method[:, 0].tolist()
+
+    def cosines(self, radii: Sequence[float]) -> list[float | None]:
+        """Certified cosine of the maps at each radius; None without second moments."""
+        return self.cert.cosine(radii)[:, 0].tolist() if self.cert.has_second_moments else [None] * len(radii)
+
+    def cells(self, radii: Sequence[float]) -> list[str]:
+        """What the table says of each radius: the share, a star if second moments certify it, below it the cosine."""
+        starred = "second-moment" in self.methods
+        cells = []
+        for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
+            star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
+            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}{'  ' if starred else ''}[/]" if cosine else ""
+            cells.append(percent(share) + star + below)
+        return cells
 
     def tsv(self, radii: Sequence[float]) -> dict[str, Any]:
         """Columns of certificates.tsv, in full precision."""
@@ -72,9 +102,15 @@ class Row:
             "bound": self.cert.evaluated_bound,
             "n": settings.n,
             "k": self.k,
-            **{f"overlap@{at:g}": share for at, share in zip(radii, self.overlaps, strict=True)},
+            **_per_radius("overlap", radii, self.shares),
+            **_per_radius("method", radii, self.methods),
+            **_per_radius("cosine", radii, self.cosines(radii)),
             "seconds": round(self.seconds, 3),
         }
+
+
+def _per_radius(quantity: str, radii: Sequence[float], values: Sequence[Any]) -> dict[str, Any]:
+    return {f"{quantity}@{at:g}": value for at, value in zip(radii, values, strict=True)}
 
 
 @dataclass
@@ -159,7 +195,7 @@ class Results:
         for row in self.rows:
             table.add_row(
                 row.name,
-                *map(percent, row.overlaps),
+                *row.cells(self.radii),
                 row.label.name,
                 radius(row.label.radius) if row.label.radius > 0 else "abstains",
                 str(int(row.cert.samples[0])),
@@ -170,10 +206,15 @@ class Results:
     def footnote(self) -> str:
         """What the table's numbers mean."""
         cert = self.rows[0].cert
-        return (
+        note = (
             f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
             f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
         )
+        if any("second-moment" in row.methods for row in self.rows):
+            note += f" {_STAR} by second moments, the others element by element."
+        if any(any(row.cosines(self.radii)) for row in self.rows):
+            note += " cos: least cosine of the map with the perturbed one."
+        return note
 
 
 def device_model(device: torch.device) -> str:

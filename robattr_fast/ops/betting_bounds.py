@@ -20,14 +20,14 @@ def betting_bounds(
     Args:
         counts: int32 [B, n, L], 1 <= L <= 15, as `count_sparsified_` makes them: ``counts[..., l - 1]`` samples of the
             element had the value l/L, all others 0.
-        samples: number of samples q of each image, int64 [B] or one int for all.
+        samples: number of samples q of each image, int64 [B] or one int for all, at most 2^31 - 1.
         delta: error probability of each of the two bounds, in (0, 1).
 
     Returns:
         lower, upper: float64 [B, n], with 0 <= lower <= upper <= 1. Each holds with probability 1 - delta at all
         sample sizes at once: counts may be looked at after every batch. Both are rounded outwards, hence never closer
-        to the mean than the exact bounds; backends agree to 1e-9 of the lower bound and of one minus the upper. No
-        samples give [0, 1]. Not differentiable.
+        to the mean than the exact bounds; backends agree to max(1e-9, 1e-13 q) of the lower bound and of one minus the
+        upper. No samples give [0, 1]. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above; negative counts, or more counts than samples.

@@ -6,6 +6,7 @@ import torch
 
 from robattr_fast import _extension, backends
 from robattr_fast.ops import _check, _schema
+from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.count_sparsified import count_sparsified_ as _reference
 
@@ -13,7 +14,12 @@ _MAX_COUNT = 2**31 - 1
 
 
 def count_sparsified_(
-    counts: torch.Tensor, scores: torch.Tensor, tau: float, gamma: float | None = None
+    counts: torch.Tensor,
+    scores: torch.Tensor,
+    tau: float,
+    gamma: float | None = None,
+    *,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add to ``counts`` how often each element of the sparsified maps of ``scores`` takes each level above 0.
 
@@ -25,6 +31,8 @@ def count_sparsified_(
             samples in which element i of image b has level l+1, value (l+1)/L.
         scores: [B, q, n], q samples of each image; float32, float64, bfloat16 or float16, any strides. Detached.
         tau, gamma: as for `sparsify`.
+        packed: uint8 [B, q, row_bytes], contiguous, overwritten with the levels of each sample as
+            `reference.pack_levels` packs them, with zeros for an invalid one. None: levels are counted, not kept.
 
     Returns:
         int32 [B]: the number of invalid samples (NaN or inf) of each image, which leave counts unchanged.
@@ -48,16 +56,29 @@ def count_sparsified_(
     _check.integer("counts.shape[2] (L)", counts.shape[2], 1, _check.MAX_LEVELS)
     _check.integer("scores.shape[1] (q)", samples, 1, _MAX_COUNT)
     _check.integer("n * L", n * counts.shape[2], 1, _MAX_COUNT)
-    if counts.device != scores.device:
-        raise ValueError(f"counts: got device {counts.device}, takes that of scores, {scores.device}")
-    if not counts.is_contiguous():
-        raise ValueError(f"counts: got strides {counts.stride()}, takes a contiguous tensor")
-    return torch.ops.robattr_fast.count_sparsified_(counts, scores.detach(), tau, gamma)
+    _check_written("counts", counts, scores.device)
+    if packed is not None:
+        if not isinstance(packed, torch.Tensor):
+            raise TypeError(f"packed: got {type(packed).__name__}, takes a tensor or None")
+        if packed.dtype != torch.uint8:
+            raise TypeError(f"packed: got dtype {packed.dtype}, takes uint8")
+        shape = (batch, samples, packed_row_bytes(n, counts.shape[2]))
+        if packed.shape != shape:
+            raise ValueError(f"packed: got shape {tuple(packed.shape)}, takes {shape} for these scores and counts")
+        _check_written("packed", packed, scores.device)
+    return torch.ops.robattr_fast.count_sparsified_(counts, scores.detach(), tau, gamma, packed)
 
 
-def _run(counts, scores, tau, gamma):
+def _check_written(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, takes that of scores, {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {tensor.stride()}, takes a contiguous tensor")
+
+
+def _run(counts, scores, tau, gamma, packed):
     invalid = counts.new_zeros(counts.shape[:1])
-    backends.call("count_sparsified_", scores, counts, invalid, tau, gamma)
+    backends.call("count_sparsified_", scores, counts, invalid, packed, tau, gamma)
     return invalid
 
 
@@ -66,16 +87,15 @@ def _check_overflow(overflow):
         raise ValueError(f"counts: got a count that passes {_MAX_COUNT}, takes at most that many samples in total")
 
 
-def _run_reference(scores, counts, invalid, tau, gamma):
-    invalid.copy_(_reference(counts, scores, tau, gamma))
+def _run_reference(scores, counts, invalid, packed, tau, gamma):
+    invalid.copy_(_reference(counts, scores, tau, gamma, packed=packed))
     _check_overflow(bool((counts < 0).any()))
 
 
-def _run_cpu(scores, counts, invalid, tau, gamma):
+def _run_cpu(scores, counts, invalid, packed, tau, gamma):
     n = scores.shape[-1]
-    _check_overflow(
-        torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, scores, selected(tau, n), selected(gamma, n))
-    )
+    k_tau, k_gamma = selected(tau, n), selected(gamma, n)
+    _check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, packed, scores, k_tau, k_gamma))
 
 
 backends.register("count_sparsified_", "reference", _run_reference, _extension.can_run_anywhere)
@@ -85,5 +105,5 @@ _schema.PUBLIC.impl("count_sparsified_", _run, "CUDA")
 
 
 @torch.library.register_fake("robattr_fast::count_sparsified_", lib=_schema.PUBLIC)
-def _fake(counts, scores, tau, gamma):
+def _fake(counts, scores, tau, gamma, packed):
     return counts.new_empty(counts.shape[:1])

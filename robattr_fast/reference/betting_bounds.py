@@ -33,6 +33,9 @@ The grid costs 2.8 on average and 3.7 at most, of which up to ln J = 3.47 pays f
 _CHUNK = 1 << 19
 """Elements of one [rows, J, L] working array: 4 MB."""
 
+_MAX_SAMPLES = 2**31 - 1
+"""What a count can hold; beyond, pairs of counts would not fit the int64 keys below either."""
+
 _TINY = 1e-280
 """Bounds below this are returned as 0: their reciprocal would come near the end of float64."""
 
@@ -63,9 +66,11 @@ def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: fl
 
 
 def counts_at_zero(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """How many samples had the value 0, int64 [B, n]; ValueError if that, or any count, is negative."""
+    """How many samples had the value 0, int64 [B, n]; ValueError for numbers that no samples give."""
     if counts.numel() and counts.min() < 0:
         raise ValueError(f"counts must not be negative, got {int(counts.min())}")
+    if (samples > _MAX_SAMPLES).any():
+        raise ValueError(f"samples must be at most {_MAX_SAMPLES}, got {int(samples.max())}")
     rest = samples[:, None] - counts.sum(2, dtype=torch.int64)
     if (samples < 0).any() or (rest < 0).any():
         raise ValueError("the counts of an element must not add up to more than samples")
@@ -156,7 +161,7 @@ def betting_bounds(
 
     Args:
         counts: int32 [B, n, L]; ``counts[..., l - 1]`` samples of the element had the value l/L, all others 0.
-        samples: number of samples q of each image, int64 [B] or one int for all.
+        samples: number of samples q of each image, int64 [B] or one int for all, at most 2^31 - 1.
         delta: error probability of each of the two bounds, in (0, 1).
 
     Returns:
@@ -166,7 +171,7 @@ def betting_bounds(
 
     Raises:
         TypeError: counts are not int32, or samples not int64.
-        ValueError: delta outside (0, 1), wrong shapes, negative counts, or more counts than samples.
+        ValueError: delta outside (0, 1), wrong shapes, too many samples, negative counts, or more counts than samples.
     """
     rows = _rows(counts, check_arguments(counts, samples, delta))
     lower, mirrored = (_lower_of_rows(side, delta).view(counts.shape[:2]) for side in (rows, rows.flip(1)))
