@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OURS = "this certificate"
 MARGINAL = "element by element, same samples"
-"""The same run without second moments' help: T3 and T4."""
+"""The bounds of this certificate without its second moments."""
 PUBLISHED = "published procedure, same samples"
 """Levine, Singla and Feizi 2019: Hoeffding's bound and a union over all elements."""
 

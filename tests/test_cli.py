@@ -151,7 +151,7 @@ def test_second_moments_are_shown_and_can_be_left_out(folder):
     cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
     assert (cert.settings.retain, int(cert.gram_summary[0, 0])) == (300, 300)
     assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert f"cos {np.floor(1000 * float(row['cosine@0.1'])) / 1000:.3f}" in shown.stdout
+    assert f"cos {results.rounded_cosine(float(row['cosine@0.1']))}" in shown.stdout
 
     hidden = run(*options, "--no-second-moment", samples=512)
     assert hidden.exit_code == 0, hidden.output
@@ -338,6 +338,11 @@ def test_percent_rounds_down(share, text):
 def test_radius_rounds_down(value, text):
     assert results.radius(value) == text
     assert results.radius(float("inf")) == "any"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.98799, ".987"), (0.9996, ".999"), (0.05, ".050"), (1.0, "1.000")])
+def test_cosine_rounds_down(value, text):
+    assert results.rounded_cosine(value) == text
 
 
 def test_doctor_tells_and_fails(monkeypatch):

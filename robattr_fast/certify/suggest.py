@@ -27,9 +27,10 @@ LEVELS = (1, 15)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A sparsified map, and what a certificate of it is expected to say; overlap: [B] as a tuple, radius likewise.
+    """A sparsified map, and what a certificate of it is expected to say of each image.
 
-    radius: up to which half of the top-k is expected to stay.
+    overlap: the certified share of the top-k at the radius asked for. radius: up to which half of the top-k stays.
+    method: which certifies the overlap.
     """
 
     tau: float
@@ -108,7 +109,7 @@ def suggest(
     """Which (tau, gamma, levels) is expected to certify the largest overlap, from one set of pilot samples.
 
     The expectation is a heuristic, for choosing only: each candidate's counts and second moments are extrapolated from
-    ``pilot`` to ``samples`` samples and evaluated as `certify` would. The proof is untouched by the choice, for the
+    ``pilot`` to ``samples`` samples and evaluated as a certificate is. The proof is untouched by the choice, for the
     pilot samples are the last of the noise stream, [2^32 - pilot, 2^32), which `certify` with its default
     ``first_sample`` never reaches. A candidate is judged by the top-k of its own map.
 

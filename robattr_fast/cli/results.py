@@ -26,8 +26,8 @@ _STAR = "*"  # of a share that second moments certify
 
 
 def rounded_cosine(value: float) -> str:
-    """A certified cosine, rounded down to three digits."""
-    return f"{math.floor(1000 * value) / 1000:.3f}"
+    """A certified cosine, rounded down to three digits, as .987."""
+    return f"{math.floor(1000 * value) / 1000:.3f}".removeprefix("0")
 
 
 class Label(NamedTuple):
@@ -78,7 +78,7 @@ class Row:
         cells = []
         for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
             star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
-            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}{'  ' if starred else ''}[/]" if cosine else ""
+            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}[/]" if cosine else ""
             cells.append(percent(share) + star + below)
         return cells
 
