@@ -188,9 +188,8 @@ def test_manifest_is_enough_to_repeat_the_run(folder):
     options = [
         f"--{name.replace('_', '-')}={s[name]}" for name in ("gamma", "levels", "target", "seed", "sigma", "tau")
     ]
-    again = run(
-        image["source"], *options, "--channel-sum", "--fresh", samples=s["samples"], batch_size=image["batch_size"]
-    )
+    options += ["--channel-sum", "--fresh"]
+    again = run(image["source"], *options, samples=s["samples"], batch_size=image["batch_size"])
     assert again.exit_code == 0, again.output
     assert torch.equal(Certificate.load("out/photo.safetensors").counts, first.counts)
     assert first.counts.shape == (1, 120, 3)

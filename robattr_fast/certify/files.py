@@ -56,7 +56,7 @@ def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: di
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "manifest": json.dumps(manifest, allow_nan=False), "sha256": _BLANK}
-    data = safetensors.torch.save(tensors, metadata)
+    data = _in_order(safetensors.torch.save(tensors, metadata))
     header = int.from_bytes(data[:8], "little")
     if header > MAX_HEADER:
         raise ValueError(f"the manifest needs {header} bytes of {MAX_HEADER}: save fewer images per file")
@@ -65,6 +65,14 @@ def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: di
     if data[: 8 + header].count(blank) != 1:
         raise ValueError("the manifest must not contain a blank checksum")
     write_atomically(path, data.replace(blank, filled, 1))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with the names of its header sorted: safetensors writes them in an order of chance."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

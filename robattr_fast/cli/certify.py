@@ -116,7 +116,7 @@ def certify(
         _spare_inputs(sources, out)
         chosen = models.load(model, size=size)
         earlier = Earlier(out, sources, fresh=fresh)
-        results = Results(out, settings, radii, place)
+        results = Results(out, settings, radii, place, earlier.of_this_run(settings))
         interrupted = _run(sources, chosen, settings, results, earlier)
     if results.rows:
         console.print(results.table())
@@ -146,13 +146,14 @@ def _run(
                 wanted = batch_sizes.get(x.shape, settings["batch_size"])
                 start = time.perf_counter()
                 cert, interrupted = earlier.finished(source, x, model_fingerprint, settings, results.device), False
-                found = cert is not None
+                drawn = cert is not None and earlier.drawn(source, settings)
+                spent = 0.0
                 if cert is None:
                     cert, interrupted = _sample(
                         module, x, {**settings, "batch_size": wanted}, results.device, show, earlier.checkpoint(source)
                     )
-                seconds = time.perf_counter() - start + earlier.seconds(source, cert)
-                drawn = found and earlier.drawn(source, settings)
+                    spent = time.perf_counter() - start
+                seconds = spent + earlier.seconds(source, cert)
                 results.add(_write(source, x, cert, model.class_names, results, seconds, drawn=drawn))
                 if not interrupted:
                     earlier.checkpoint(source).unlink(missing_ok=True)

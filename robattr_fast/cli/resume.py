@@ -94,10 +94,14 @@ class Earlier:
         return self._records.get(source.name, Record())
 
     def seconds(self, source: images.Source, cert: Certificate) -> float:
-        """What earlier runs spent on these samples."""
+        """What earlier runs spent on the samples of this image, as far as it was written down."""
         record = self._record(source)
         same = record.image.get("input_hash") in (cert.settings.input_hashes or ())
         return (record.seconds or 0.0) if same else 0.0
+
+    def of_this_run(self, settings: dict[str, Any]) -> dict[str, Record]:
+        """By name what an earlier run with the same settings wrote of the images."""
+        return {name: record for name, record in self._records.items() if record.image and record.settings == settings}
 
     def drawn(self, source: images.Source, settings: dict[str, Any]) -> bool:
         """Whether the picture of a finished certificate shows what these settings ask for."""

@@ -1,0 +1,251 @@
+"""`certify` on folders that is killed, ended or starved of disk space: nothing is lost, nothing is sampled twice."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import _cli_models
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from typer.testing import CliRunner
+
+from robattr_fast import Certificate, plots
+from robattr_fast.certify import engine
+from robattr_fast.cli.app import app
+
+IMAGES = 3
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a folder of photographs; checkpoints are written after every batch."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for index in range(IMAGES):
+        picture = Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+        picture.save(tmp_path / "photos" / f"photo{index}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(plots, "certificate_figure", plain_figure)
+    return tmp_path
+
+
+def plain_figure(image, cert, *, k, radii, title):
+    """As quick as pictures can be, and as different as they have to be."""
+    figure = Figure(figsize=(4, 1))
+    figure.text(0, 0.5, f"{title} {k} {radii} {float(image.sum())} {int(cert.counts.sum())}")
+    return figure
+
+
+def certify(*options, model="tiny", samples=80, out="out"):
+    fixed = ["--model", f"_cli_models:{model}", "--samples", str(samples), "--batch-size", "8", "--out", out]
+    return CliRunner().invoke(app, ["certify", "photos", *fixed, *map(str, options)])
+
+
+def names(out="out"):
+    return sorted(path.name for path in Path(out).iterdir())
+
+
+def contents(out):
+    """Everything in a folder but for what took how long."""
+    found = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.suffix in (".png", ".safetensors")}
+    manifest = json.loads((Path(out) / "manifest.json").read_text())
+    for image in manifest["images"]:
+        image.pop("seconds")
+    with open(Path(out) / "certificates.tsv", newline="") as file:
+        rows = [{**row, "seconds": ""} for row in csv.DictReader(file, delimiter="\t")]
+    return found, manifest, rows, names(out)
+
+
+KILLED = textwrap.dedent("""
+    # Imports once, then forks a run of the command again and again and kills it at random times.
+    import os, random, shutil, signal, sys, time
+    import matplotlib.figure, scipy.stats, torch
+    from robattr_fast import plots
+    from robattr_fast.certify import engine
+    from robattr_fast.cli.app import app
+
+    def start():
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            engine._CHECKPOINT_SECONDS = 0.0
+            app(sys.argv[1:], prog_name="robattr-fast")
+        return child
+
+    clock = random.Random(0)
+    os.waitpid(start(), 0)
+    os.rename("out", "uninterrupted")
+    began = time.monotonic()
+    os.waitpid(start(), 0)
+    whole = time.monotonic() - began
+    shutil.rmtree("out")
+    kills = 0
+    while True:
+        child = start()
+        time.sleep(clock.uniform(0.05, 0.35) * whole)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            break
+        kills += 1
+        if kills == 12:
+            status = os.waitpid(start(), 0)[1]
+            break
+    print(kills, os.waitstatus_to_exitcode(status))
+    """)
+
+
+def test_killed_at_random_times(folder):
+    command = ["certify", "photos", "--model", "_cli_models:tiny", "--samples", "600", "--batch-size", "4"]
+    search = os.pathsep.join([str(Path(__file__).parent), str(Path(engine.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kills, status = map(int, done.stdout.split())
+    assert status == 0, done.stderr
+    assert kills >= 3
+    assert contents("out") == contents("uninterrupted")
+
+
+@pytest.mark.parametrize("model", ["terminated", "interrupted"])
+def test_a_signal_leaves_files_that_can_be_used_and_resumed(folder, model):
+    result = certify(model=model)
+    assert result.exit_code == 130, result.output
+    partial = Certificate.load("out/photo0.safetensors")
+    assert 0 < int(partial.samples[0]) < 80
+    assert names() == ["certificates.tsv", "manifest.json", "photo0.checkpoint", "photo0.png", "photo0.safetensors"]
+    assert CliRunner().invoke(app, ["verify", "out"]).exit_code == 0
+
+    # Two classes of the same module: what is printed of it, and hence its fingerprint, is the same.
+    assert certify(model="counting").exit_code == 0
+    assert certify(model="counting", out="whole").exit_code == 0
+    ours, theirs = contents("out"), contents("whole")
+    assert ours[0] == theirs[0]
+    assert ours[2:] == theirs[2:]
+
+
+def test_finished_images_are_not_sampled_again(folder):
+    assert certify(model="counting").exit_code == 0
+    before, sampled = contents("out"), _cli_models.passes()
+    assert certify(model="counting").exit_code == 0
+    assert _cli_models.passes() == 0 < sampled
+    assert contents("out") == before
+    assert certify("--fresh", model="counting").exit_code == 0
+    assert _cli_models.passes() == sampled
+    assert contents("out") == before
+
+
+@pytest.mark.parametrize(
+    "change", [["--seed", 1], ["--sigma", 0.3], ["--alpha", 0.1], ["--levels", 3], ["--target", 1], ["--channel-sum"]]
+)
+def test_other_settings_are_sampled(folder, change):
+    assert certify(model="counting").exit_code == 0
+    assert certify(*change, model="counting").exit_code == 0
+    assert _cli_models.passes() > 0
+    ours = contents("out")
+    assert certify(*change, model="counting", out="whole").exit_code == 0
+    assert ours == contents("whole")
+
+
+def test_another_model_or_image_is_sampled(folder):
+    assert certify().exit_code == 0
+    first = [Certificate.load(f"out/photo{index}.safetensors") for index in range(IMAGES)]
+    shutil.copy("photos/photo0.png", "photos/photo1.png")
+    assert certify().exit_code == 0
+    second = [Certificate.load(f"out/photo{index}.safetensors") for index in range(IMAGES)]
+    changed = [
+        ours.settings.input_hashes != theirs.settings.input_hashes for ours, theirs in zip(first, second, strict=True)
+    ]
+    assert changed == [False, True, False]
+    assert certify(model="other").exit_code == 0
+    assert Certificate.load("out/photo0.safetensors").settings.model_fingerprint != second[0].settings.model_fingerprint
+
+
+def test_a_picture_is_drawn_again_where_it_would_look_otherwise(folder):
+    assert certify("--k", 0.2).exit_code == 0
+    before = contents("out")[0]
+    assert certify("--k", 0.1).exit_code == 0
+    after = contents("out")[0]
+    for name in before:
+        assert (before[name] == after[name]) == name.endswith(".safetensors")
+
+
+def test_a_damaged_certificate_is_sampled_again(folder):
+    assert certify().exit_code == 0
+    before = contents("out")
+    Path("out/photo1.safetensors").write_bytes(before[0]["photo1.safetensors"][:-1])
+    assert certify().exit_code == 0
+    assert contents("out") == before
+
+
+def test_a_checkpoint_of_another_run_is_not_overwritten(folder):
+    assert certify(model="interrupted").exit_code == 130
+    kept = Path("out/photo0.checkpoint").read_bytes()
+    result = certify("--seed", 1, model="counting")
+    assert result.exit_code == 2
+    assert "photo0.checkpoint holds another run (differs in seed)" in result.stderr
+    assert Path("out/photo0.checkpoint").read_bytes() == kept
+    assert certify("--seed", 1, "--fresh", model="counting").exit_code == 0
+    assert "photo0.checkpoint" not in names()
+
+
+def test_full_disk(folder):
+    """Files cannot grow beyond a size that pictures and certificates need: as on a full disk, writing fails."""
+    os.rename("photos/photo2.png", "photo2.png")
+    assert certify().exit_code == 0
+    before = {name: (folder / "out" / name).read_bytes() for name in names()}
+    os.rename("photo2.png", "photos/photo2.png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        result = certify()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 2
+    assert "File too large" in result.stderr
+    assert {name: (folder / "out" / name).read_bytes() for name in names()} == before
+    assert certify().exit_code == 0
+    assert len(contents("out")[2]) == IMAGES
+
+
+def test_stop_rule(folder):
+    options = ["--stop-overlap", 0.3, "--stop-radius", 0.001, "--k", 0.2]
+    assert certify(*options, samples=4000, model="counting").exit_code == 0
+    certs = [Certificate.load(f"out/photo{index}.safetensors") for index in range(IMAGES)]
+    for cert in certs:
+        assert float(cert.overlap(72, 0.001).share) >= 0.3
+        assert int(cert.samples[0]) < 4000
+    assert certify(*options, samples=4000, model="counting").exit_code == 0
+    assert _cli_models.passes() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stop-overlap", 0.3], "takes both"),
+        (["--stop-radius", 0.3], "takes both"),
+        (["--stop-overlap", 1.3, "--stop-radius", 0.3], "overlap: got 1.3"),
+        (["--stop-overlap", 0.3, "--stop-radius", 0], "radius"),
+        (["--stop-overlap", 0.3, "--stop-radius", 0.1, "--bound", "kl"], "early stopping takes bound='betting'"),
+        (["--on-nonfinite", "ignore"], "on_nonfinite"),
+    ],
+)
+def test_bad_options(folder, options, message):
+    result = certify(*options)
+    assert result.exit_code == 2
+    assert message in result.stderr
