@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import io
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,18 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from robattr_fast import backends
+from robattr_fast import backends, rounding
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
 from robattr_fast.rounding import percent, radius
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
 
 _STAR = "*"  # of a share that second moments certify
-
-
-def rounded_cosine(value: float) -> str:
-    """A certified cosine, rounded down to three digits, as .987."""
-    return f"{math.floor(1000 * value) / 1000:.3f}".removeprefix("0")
 
 
 class Label(NamedTuple):
@@ -78,7 +72,7 @@ class Row:
         cells = []
         for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
             star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
-            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}[/]" if cosine else ""
+            below = f"\n[not bold dim]cos {rounding.cosine(cosine)}[/]" if cosine else ""
             cells.append(percent(share) + star + below)
         return cells
 
