@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret bench lint clean
+.PHONY: install demo test test-interpret lint clean
 
 install: .venv/installed
 

@@ -31,7 +31,8 @@ def _store(x_row, out_row, e, z, n, plane, channels, sigma, CHANNELS_LAST: tl.co
         tl.store(out_row + e, value.to(out_row.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Triton would make constants of arguments that equal 1, and constants have no types to convert.
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_sample", "num_samples"])
 def _noisy_samples(
     x,  # [B, n]
     out,  # [B, q, n], or [B, q, plane, channels] where CHANNELS_LAST
@@ -48,9 +49,10 @@ def _noisy_samples(
     DOUBLE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    image = tl.program_id(1) // num_samples
-    sample = tl.program_id(1) % num_samples
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    # Axis 0 may hold 2^31 - 1 programs, axis 1 only 65535.
+    image = tl.program_id(0) // num_samples
+    sample = tl.program_id(0) % num_samples
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     image_id = tl.load(image_ids + image).to(tl.uint32)
     w0, w1, w2, w3 = philox4x32(
         block.to(tl.uint32),
@@ -63,7 +65,7 @@ def _noisy_samples(
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     x_row = x + image.to(tl.int64) * n
-    out_row = out + tl.program_id(1).to(tl.int64) * n
+    out_row = out + tl.program_id(0).to(tl.int64) * n
     e = (block // 16) * 64 + block % 16
     _store(x_row, out_row, e, z0, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
     _store(x_row, out_row, e + 16, z1, n, plane, channels, scale, CHANNELS_LAST, DOUBLE)
@@ -81,7 +83,7 @@ def noisy_samples(
     channels_last = not out.is_contiguous()
     channels = out.shape[2] if channels_last else 1
     blocks = 256
-    grid = (triton.cdiv(triton.cdiv(n, 64) * 16, blocks), batch * num_samples)
+    grid = (batch * num_samples, triton.cdiv(triton.cdiv(n, 64) * 16, blocks))
     _noisy_samples[grid](
         x,
         out,

@@ -8,7 +8,6 @@ import os
 
 import torch
 
-from robattr_fast import build
 from robattr_fast.errors import BackendError
 
 
@@ -20,8 +19,11 @@ def load() -> tuple[bool, str]:
     """
     if os.environ.get("ROBATTR_FAST_DISABLE_EXT") == "1":
         return False, "the extension is disabled by ROBATTR_FAST_DISABLE_EXT=1"
+    from robattr_fast import build  # here, so that `python -m robattr_fast.build` does not find itself imported
+
     reason = "the extension is not built (python -m robattr_fast.build compiles it)"
-    for path in (build.installed_library(), build.cached_library()):
+    for locate in (build.installed_library, build.cached_library):
+        path = locate()
         if not path.exists():
             continue
         try:

@@ -64,7 +64,8 @@ def has_cuda() -> bool:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    return (
+    sources = any((csrc_folder() / "cuda").glob("*.cu"))
+    return sources and (
         torch.version.cuda is not None and CUDA_HOME is not None and shutil.which(f"{CUDA_HOME}/bin/nvcc") is not None
     )
 

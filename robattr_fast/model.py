@@ -17,6 +17,21 @@ Explanation = Callable[[nn.Module, torch.Tensor, "torch.Tensor | None"], torch.T
 
 EXPLANATIONS = ("gradient", "input_x_gradient")
 
+_CALLABLE = "callable:"
+
+
+def explanation_name(explain: str | Explanation) -> str:
+    """What a certificate records; a callable never has the name of a built-in method."""
+    if isinstance(explain, str):
+        return explain
+    module = getattr(explain, "__module__", None) or "?"
+    return f"{_CALLABLE}{module}.{getattr(explain, '__qualname__', f'<{type(explain).__name__}>')}"
+
+
+def is_identified(explanation: str | None) -> bool:
+    """Whether the name tells which method it was: lambdas, local functions and callable objects share theirs."""
+    return explanation is None or not (explanation.startswith(_CALLABLE) and "<" in explanation)
+
 
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that shares the parameters' memory, detached and frozen; buffers are its own.
@@ -131,7 +146,7 @@ def scores(
         return gradient * batch, logits
     assert callable(explain)
     with torch.no_grad():
-        logits = forward(model, batch)
+        logits = forward(model, batch.clone())  # a model may write into its input
     attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
     if not isinstance(attribution, torch.Tensor) or attribution.shape != batch.shape:
         got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__

@@ -10,6 +10,11 @@ def percent(share: float) -> str:
     return f"{math.floor(1000 * share + 1e-9) / 10:.1f} %"
 
 
+def rounded_cosine(value: float) -> str:
+    """A certified cosine, rounded down to three digits."""
+    return f"{math.floor(1000 * value) / 1000:.3f}".removeprefix("0")
+
+
 def radius(value: float) -> str:
     """A certified radius, rounded down to three significant digits (what is certified holds below it)."""
     if value <= 0 or math.isinf(value):

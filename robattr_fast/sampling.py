@@ -102,7 +102,10 @@ class Sampler:
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
         (first,) = self._sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
         _check_fixed(alone, first.logits)
-        if isinstance(self.explain, str):  # a callable may look at the model's layers: it gets them as they are
+        if callable(self.explain):
+            again = self._sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
+            _check_repeatable(first.scores[0], again.scores[0])
+        else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         return classes
 
@@ -255,6 +258,16 @@ def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor) -> None:
         raise ModelError(
             f"model: the logits of an input change (by {apart:.1e}) with the other rows of the batch, or from call to "
             "call: a normalisation by the statistics of the batch, or randomness; takes a fixed function of each row"
+        )
+
+
+def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:
+    """ModelError unless a callable gives one sample the same scores twice; NaN is judged later."""
+    difference = float((once.double() - again.double()).nan_to_num().norm())
+    if difference > torch.finfo(once.dtype).eps ** 0.5 * float(once.double().nan_to_num().norm()):
+        raise ModelError(
+            f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
+            "takes a fixed function of each row"
         )
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
-from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
+from robattr_fast.sampling import Sampler, Scored, check_image_ids, check_images, check_target, next_batch
 
 
 class _Mean:
@@ -61,6 +62,14 @@ def _min_max(gradient: torch.Tensor) -> torch.Tensor:
 
 def _sparsifier(tau: float, gamma: float | None, levels: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda gradient: sparsify(gradient.abs().flatten(1), tau, gamma, levels=levels).view_as(gradient)
+
+
+def _check_finite(scored: Scored) -> None:
+    finite = torch.isfinite(scored.scores).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        segment = scored.segment
+        sample = segment.first_sample + int((~finite).to(torch.int8).argmax())
+        raise NonFiniteError(f"model: sample {sample} of image {segment.image} has a NaN or infinite gradient")
 
 
 KINDS = ("plain", "absolute", "squared", "vargrad", "scaled", "sparsified")
@@ -113,7 +122,8 @@ def smoothgrad(
         [B, *S] in x's dtype (float32 for half types), detached.
 
     Raises:
-        TypeError, ValueError: a bad argument. ModelError: a model that cannot be explained.
+        TypeError, ValueError: a bad argument. ModelError: a model that cannot be explained. NonFiniteError: a NaN
+        or infinite gradient.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
@@ -137,6 +147,7 @@ def smoothgrad(
     done, wanted = [0] * x.shape[0], [samples] * x.shape[0]
     while segments := next_batch(done, wanted, first_sample, sampler.batch_size):
         for scored in sampler.run(segments):
+            _check_finite(scored)
             accumulator.add(scored.segment.image, scored.scores)
             done[scored.segment.image] += scored.segment.count
     return accumulator.result(samples).to(torch.promote_types(x.dtype, torch.float32))

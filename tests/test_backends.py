@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from robattr_fast import BackendError, _extension, backends
+from robattr_fast import BackendError, _extension, backends, build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -206,8 +206,8 @@ def test_without_the_extension():
 
 def test_a_required_extension_is_missing(monkeypatch, tmp_path):
     monkeypatch.delenv("ROBATTR_FAST_DISABLE_EXT", raising=False)
-    monkeypatch.setattr(_extension.build, "installed_library", lambda: tmp_path / "absent")
-    monkeypatch.setattr(_extension.build, "cached_library", lambda: tmp_path / "absent")
+    monkeypatch.setattr(build, "installed_library", lambda: tmp_path / "absent")
+    monkeypatch.setattr(build, "cached_library", lambda: tmp_path / "absent")
     load = _extension.load.__wrapped__
     monkeypatch.setenv("ROBATTR_FAST_REQUIRE_EXT", "0")
     assert load() == (False, "the extension is not built (python -m robattr_fast.build compiles it)")
@@ -220,8 +220,8 @@ def test_an_extension_that_does_not_load(monkeypatch, tmp_path):
     monkeypatch.delenv("ROBATTR_FAST_DISABLE_EXT", raising=False)
     monkeypatch.setenv("ROBATTR_FAST_REQUIRE_EXT", "0")
     (tmp_path / "broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(_extension.build, "installed_library", lambda: tmp_path / "broken.so")
-    monkeypatch.setattr(_extension.build, "cached_library", lambda: tmp_path / "absent")
+    monkeypatch.setattr(build, "installed_library", lambda: tmp_path / "broken.so")
+    monkeypatch.setattr(build, "cached_library", lambda: tmp_path / "absent")
     loaded, reason = _extension.load.__wrapped__()
     assert not loaded
     assert f"{tmp_path / 'broken.so'} does not load" in reason

@@ -112,7 +112,72 @@ def test_a_callable_explanation():
     expected = rf.certify(MODEL, x, **COMMON, explain="input_x_gradient", batch_size=8)
     got = rf.certify(MODEL, x, **COMMON, explain=times_input, batch_size=8)
     assert torch.equal(got.counts, expected.counts)
+    assert got.settings.explain.startswith("callable:")
     assert "times_input" in got.settings.explain
+
+
+def test_a_callable_never_passes_for_a_builtin_method():
+    """Its name is its own, its signed scores stay signed, and one that cannot be identified makes no checkpoint."""
+
+    def gradient(model, batch, target):
+        return -torch.ones_like(batch)
+
+    certificate = rf.certify(MODEL, images(), **COMMON, explain=gradient, batch_size=8)
+    assert certificate.settings.explain != "gradient"
+    assert int(certificate.counts.sum()) == 0
+    with pytest.raises(rf.MergeError, match="cannot be told"):
+        certificate.merge(rf.certify(MODEL, images(), **COMMON, explain=gradient, first_sample=50, batch_size=8))
+
+
+def test_a_callable_with_a_checkpoint_must_be_identified(tmp_path):
+    with pytest.raises(ValueError, match="cannot be told from another callable"):
+        rf.certify(MODEL, images(), **COMMON, explain=lambda m, b, t: b, checkpoint=tmp_path / "c")
+
+
+def test_a_random_callable_is_refused():
+    with pytest.raises(rf.ModelError, match="different scores from call to call"):
+        rf.certify(MODEL, images(), **COMMON, explain=lambda m, b, t: torch.rand_like(b), batch_size=8)
+
+
+def test_a_callable_sees_the_noise_even_if_the_model_writes_into_its_input():
+    class InPlace(Elementwise):
+        def forward(self, z):
+            return super().forward(z.sub_(0.5))
+
+    seen = []
+
+    def identity(model, batch, target):
+        seen.append(batch.clone())
+        return batch
+
+    rf.certify(InPlace(1, 12, 12).eval(), images(1), **COMMON, explain=identity, batch_size=50)
+    expected = rf.reference.noisy_samples(images(1), COMMON["sigma"], 50)[0]
+    assert torch.equal(seen[-1], expected)
+
+
+def test_a_checkpoint_of_other_samples_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    rf.certify(MODEL, images(), **COMMON, checkpoint=path)
+    with pytest.raises(ValueError, match="holds samples from 0 on, got first_sample=50"):
+        rf.certify(MODEL, images(), **COMMON, first_sample=50, checkpoint=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_run(tmp_path, caplog):
+    path = tmp_path / "missing" / "run.safetensors"
+    certificate = rf.certify(MODEL, images(), **COMMON, checkpoint=path, batch_size=8)
+    assert torch.equal(certificate.counts, rf.certify(MODEL, images(), **COMMON, batch_size=8).counts)
+    assert "cannot be written" in caplog.text
+
+
+def test_the_checkpoint_of_a_stopped_run_holds_its_second_moments(tmp_path, monkeypatch):
+    monkeypatch.setattr(rf.Certificate, "overlap", lambda *_: Overlap(torch.ones(1), None))
+    path = tmp_path / "run.safetensors"
+    stop = rf.StopWhen(k=20, radius=0.2, overlap=0.5)
+    looks = {"sigma": 0.3, "tau": 0.2, "samples": 2048, "batch_size": 8, "stop": stop}
+    monkeypatch.setattr(engine, "_FIRST_LOOK", 512)
+    stopped = rf.certify(MODEL, images(1), **looks, checkpoint=path)
+    assert int(stopped.samples) == 512
+    assert torch.equal(rf.Certificate.load(path).distance(0.1), stopped.distance(0.1))
 
 
 def test_stop_ends_each_image_at_its_own_time():
@@ -120,6 +185,7 @@ def test_stop_ends_each_image_at_its_own_time():
     stop = rf.StopWhen(k=20, radius=0.02, overlap=0.5)
     certificate = rf.certify(MODEL, x, sigma=0.3, tau=0.2, samples=5000, stop=stop, batch_size=8)
     assert (certificate.samples < 5000).all()
+    assert certificate.samples[0] != certificate.samples[1]
     assert (certificate.overlap(20, 0.02).share >= 0.5).all()
     full = rf.certify(MODEL, x, sigma=0.3, tau=0.2, samples=int(certificate.samples[0]), batch_size=8)
     assert torch.equal(full.counts[0], certificate.counts[0])
@@ -171,10 +237,11 @@ def test_interrupt_leaves_a_valid_certificate(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("batch_size", [16, 24])
 @pytest.mark.parametrize("stop", [None, rf.StopWhen(k=20, radius=0.03, overlap=0.6)])
-def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop):
+def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
     x = images(3)
-    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "stop": stop}
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": batch_size, "stop": stop}
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
@@ -186,8 +253,8 @@ def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop):
     for crash_after in (1, 3, 20, 44, 50):
         saves = [0]
 
-        def save_then_crash(self, saves=saves, crash_after=crash_after):
-            original(self)
+        def save_then_crash(self, *, final=False, saves=saves, crash_after=crash_after):
+            original(self, final=final)
             saves[0] += 1
             if saves[0] == crash_after:
                 raise Crash
@@ -262,6 +329,7 @@ def test_certify_works_outside_the_main_thread():
         ({"batch_size": "large"}, ValueError, "batch_size"),
         ({"explain": "lime"}, ValueError, "explain: got 'lime'"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite"),
+        ({"samples": 1, "stop": rf.StopWhen(k=73, radius=0.1, overlap=0.5)}, ValueError, "stop.k: got 73"),
         ({"stop": rf.StopWhen(k=73, radius=0.1, overlap=0.5)}, ValueError, "stop.k: got 73"),
         ({"x": torch.zeros(2, 1, 12, 12, dtype=torch.uint8)}, TypeError, "x: got dtype torch.uint8"),
         ({"x": torch.zeros(0, 1, 12, 12)}, ValueError, "x: got the empty shape"),
@@ -366,8 +434,8 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
     for crash_after in (2, 20, 30):
         saves = [0]
 
-        def save_then_crash(self, saves=saves, crash_after=crash_after):
-            original(self)
+        def save_then_crash(self, *, final=False, saves=saves, crash_after=crash_after):
+            original(self, final=final)
             saves[0] += 1
             if saves[0] == crash_after:
                 raise Crash

@@ -108,3 +108,30 @@ def test_a_fold_that_changes_the_result_is_undone(caplog):
     assert same is copy
     assert not done
     assert "it changes the result by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(
+            nn.Flatten(),
+            nn.Unflatten(1, (3, 48)),
+            nn.Linear(48, 9),
+            nn.BatchNorm1d(3),
+            nn.Flatten(),
+            nn.Linear(27, 2),
+        ),
+        nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 3, 3)),
+            nn.BatchNorm2d(3),
+            nn.Flatten(),
+            nn.Linear(300, 2),
+        ),
+    ],
+)
+def test_layers_that_cannot_be_fused_are_left_alone(model):
+    """A norm over another dimension than the layer's output, and a weight that is computed."""
+    copy = private_copy(with_statistics(model))
+    same, done = fold_batchnorm(copy, torch.randn(4, 1, 12, 12))
+    assert same is copy
+    assert not done

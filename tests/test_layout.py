@@ -13,7 +13,7 @@ PACKAGE = ROOT / "robattr_fast"
 
 # A module imports from its own entry here or from an earlier one; entries on one line may not import each other.
 LAYERS = [
-    {"errors", "build"},
+    {"errors", "build", "rounding"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"exported"},
@@ -23,7 +23,8 @@ LAYERS = [
     {"smoothgrad", "nn"},
     {"certify", "attacks", "training", "curvature"},
     {"images"},
-    {"models", "plots", "integrations"},
+    {"models", "plots", "runs", "integrations"},
+    {"report"},
     {"doctor"},
     {"cli"},
     {"__main__", "__init__"},

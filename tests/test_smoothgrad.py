@@ -115,3 +115,12 @@ def test_half_models_give_float32_maps():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         rf.smoothgrad(small_cnn(), torch.rand(1, 1, 12, 12), **({"sigma": 0.1, "samples": 3} | arguments))
+
+
+def test_a_nan_gradient_is_an_error():
+    class Root(torch.nn.Module):
+        def forward(self, z):
+            return z.sqrt().sum(dim=1, keepdim=True).expand(-1, 2)
+
+    with pytest.raises(rf.NonFiniteError, match="of image 0 has a NaN or infinite gradient"):
+        rf.smoothgrad(Root().eval(), torch.ones(1, 4), sigma=5.0, samples=40)

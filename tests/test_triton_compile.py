@@ -48,6 +48,8 @@ def test_noisy_samples(architecture, pointer, channels_last, tmp_path, monkeypat
         **dict.fromkeys(("CHANNELS_LAST", "DOUBLE", "BLOCKS"), "constexpr"),
     }
     constants = {"CHANNELS_LAST": channels_last, "DOUBLE": pointer == "*fp64", "BLOCKS": 256}
+    # Arguments that equal 1 must stay arguments: as constants they would have no type to convert.
+    assert {"seed_low", "seed_high"} <= set(noisy_samples._noisy_samples.do_not_specialize)
     compiled = triton.compile(
         ASTSource(fn=noisy_samples._noisy_samples, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", architecture, 32),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,12 @@ from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
 
+_logger = logging.getLogger("robattr_fast")
+
 _REPORT_SECONDS = 0.5
 _CHECKPOINT_SECONDS = 60.0
-# Looks for a stop grow geometrically: they cost a fixed small share of the run, and a resumed run looks at the same q.
+# Looks for a stop grow geometrically, so that they cost a fixed small share of the run. A run hits them exactly: when
+# it stops depends neither on the batch size nor on where it was interrupted.
 _FIRST_LOOK, _LOOK_GROWTH = 64, 1.1
 
 
@@ -41,6 +45,7 @@ class StopWhen:
     overlap: float
 
     def __post_init__(self) -> None:
+        _check.integer("k", self.k, 1, 2**31 - 1)
         _check.positive("radius", self.radius)
         if not 0 < self.overlap <= 1:
             raise ValueError(f"overlap: got {self.overlap}, takes a share in (0, 1]")
@@ -73,14 +78,12 @@ class _Run:
     progress: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
-        # Second moments may be looked at at these counts only, so a run that may stop there must hit them exactly.
-        self.moment_looks = (
-            sorted(look_schedule(self.samples)) if self.stop is not None and self.state.retained else [self.samples]
-        )
-        self.wanted = [self._next_moment_look(done) for done in self.state.done]
-        for image, done in enumerate(self.state.done):
-            if done:
-                self._look(image, max(0, done - self.sampler.batch_size))
+        several = self.stop is not None and self.state.retained and self.samples >= 2
+        self.moment_looks = set(look_schedule(self.samples)) if several else {self.samples}
+        self.looks = sorted(self.moment_looks | set(_betting_looks(self.samples))) if self.stop else [self.samples]
+        self.wanted = [self._next_look(done) for done in self.state.done]
+        for image in range(len(self.wanted)):
+            self._look(image)
         self.last_report = self.last_save = time.monotonic()
 
     def certificate(self, image: int | None = None, *, moments: bool = True) -> Certificate:
@@ -91,39 +94,29 @@ class _Run:
         with DeferredInterrupt() as interrupt:
             while segments := next_batch(self.state.done, self.wanted, self.first_sample, self.sampler.batch_size):
                 for scored in self.sampler.run(segments):
-                    image = scored.segment.image
-                    before = self.state.done[image]
                     self.state.add(scored, self.first_sample)
-                    self._look(image, before)
+                    self._look(scored.segment.image)
                 self._report(segments[-1].image)
                 self._save()
                 if interrupt.requested:
                     break
-        certificate = self.certificate()
-        if self.checkpoint is not None:
-            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size)
+            certificate = self.certificate()
+            self._save(final=True)
         if interrupt.requested:
             raise CertifyInterrupted(certificate)
         return certificate
 
-    def _look(self, image: int, before: int) -> None:
-        """Stop the image if what is wanted is certified: betting bounds hold at any such time.
-
-        ``before``: samples that it had one batch ago. A look is due where the schedule has one in between.
-        """
+    def _look(self, image: int) -> None:
+        """At a scheduled look, stop the image if what is wanted is certified: betting bounds hold at any time."""
         done = self.state.done[image]
-        if self.stop is None:
+        if self.stop is None or done not in self.looks:
             return
-        moments = done in self.moment_looks
-        self.wanted[image] = self._next_moment_look(done)
-        if done < _next_look(before) and not moments:
-            return
-        share = self.certificate(image, moments=moments).overlap(self.stop.k, self.stop.radius).share
-        if float(share) >= self.stop.overlap:
-            self.wanted[image] = done
+        certificate = self.certificate(image, moments=done in self.moment_looks)
+        share = certificate.overlap(self.stop.k, self.stop.radius).share
+        self.wanted[image] = done if float(share) >= self.stop.overlap else self._next_look(done)
 
-    def _next_moment_look(self, done: int) -> int:
-        return next((look for look in self.moment_looks if look > done), self.samples)
+    def _next_look(self, done: int) -> int:
+        return next((look for look in self.looks if look > done), self.samples)
 
     def _report(self, image: int) -> None:
         done = self.state.done[image]
@@ -137,18 +130,23 @@ class _Run:
                 )
             )
 
-    def _save(self) -> None:
-        if self.checkpoint is not None and time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS:
-            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size)
-            self.last_save = time.monotonic()
+    def _save(self, *, final: bool = False) -> None:
+        """Write the checkpoint if it is due. A disk that is full costs the checkpoint, not the run."""
+        if self.checkpoint is None or not (final or time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS):
+            return
+        try:
+            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size, final=final)
+        except OSError as error:
+            _logger.warning("checkpoint: %s cannot be written (%s); the run goes on", self.checkpoint, error)
+        self.last_save = time.monotonic()
 
 
-def _next_look(samples: int) -> int:
-    """The first scheduled look after ``samples`` samples."""
+def _betting_looks(samples: int) -> Iterator[int]:
+    """Multiples of 64, so that usual batches are not cut."""
     look = _FIRST_LOOK
-    while look <= samples:
-        look = int(look * _LOOK_GROWTH) + 1
-    return look
+    while look < samples:
+        yield look
+        look = -(-int(look * _LOOK_GROWTH + 1) // _FIRST_LOOK) * _FIRST_LOOK
 
 
 def _print_progress(event: Progress) -> None:
@@ -156,11 +154,16 @@ def _print_progress(event: Progress) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _resumable(path: Path, wanted: Settings) -> Certificate | None:
+def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate | None:
     """The checkpoint at ``path``, if there is one; ValueError if it belongs to another run."""
     if not path.exists():
         return None
     found = Certificate.load(path)
+    started = [intervals[0][0] for intervals in found.settings.intervals or () if intervals]
+    if any(start != first_sample for start in started):
+        raise ValueError(
+            f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
+        )
     moving = ("intervals", "batch_size", "folded", "versions", "backends")
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
@@ -266,7 +269,7 @@ def certify(
         tau=tau,
         gamma=gamma,
         channel_sum=channel_sum,
-        explain=explain if isinstance(explain, str) else getattr(explain, "__qualname__", type(explain).__name__),
+        explain=_model.explanation_name(explain),
         target=None if classes_wanted is None else tuple(classes_wanted.tolist()),
         seed=seed,
         stream_version=STREAM_VERSION,
@@ -285,7 +288,12 @@ def certify(
     if stop is not None and not 1 <= stop.k <= settings.n // 2:
         raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
     path = None if checkpoint is None else Path(checkpoint)
-    resumed = None if path is None else _resumable(path, settings)
+    if path is not None and not _model.is_identified(settings.explain):
+        raise ValueError(
+            f"checkpoint: explain={settings.explain} cannot be told from another callable of that name; takes a named "
+            "function of a module with a checkpoint"
+        )
+    resumed = None if path is None else _resumable(path, settings, first_sample)
     classes = sampler.prepare()
     state = State(dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device)
     if resumed is None or path is None:

@@ -22,8 +22,10 @@ class Evaluated:
 
     @functools.cached_property
     def off_plan(self) -> tuple[bool, ...]:
-        """Per image: it has another number of samples than was planned."""
+        """Per image: it has another number of samples than was planned, or is a union of runs."""
         samples = self._samples.tolist()
+        if self.settings.merged:
+            return (True,) * len(samples)
         plan = self.settings.planned_samples or samples
         return tuple(planned != have for planned, have in zip(plan, samples, strict=True))
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from robattr_fast.certify.settings import SAME_MAP, Interval, Settings
 from robattr_fast.errors import MergeError
+from robattr_fast.model import is_identified
 
 _EQUAL = (
     *SAME_MAP,
@@ -55,15 +56,19 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         raise MergeError("intervals are unknown: counts without sample indices may hold the same samples twice")
     if len(first.intervals) != len(second.intervals):
         raise MergeError(f"number of images differs: {len(first.intervals)} and {len(second.intervals)}")
+    if not is_identified(first.explain):
+        raise MergeError(f"explain={first.explain} cannot be told from another callable of that name")
     pairs = zip(first.intervals, second.intervals, strict=True)
     plans = [plan for plan in (first.planned_samples, second.planned_samples) if plan is not None]
     devices = {settings.device for settings in (first, second) if settings.device is not None}
     return dataclasses.replace(
         first,
+        merged=True,
         intervals=tuple(_union(ours, theirs, image) for image, (ours, theirs) in enumerate(pairs)),
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,
         device=" + ".join(sorted(devices)) or None,
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
+        folded=first.folded if first.folded == second.folded else None,
         backends=_joined(first.backends, second.backends),
         versions=_joined(first.versions, second.versions),
     )

@@ -89,7 +89,7 @@ def _why_not(settings: Settings, image: int, samples: int, summary: torch.Tensor
     if settings.ledger.moment == 0:
         return "no part of alpha was set aside for second moments (second_moment=False)"
     if int(summary[0]) == 0:
-        return f"fewer than {_FEWEST_ROWS} samples were retained"
+        return f"the maps of {_FEWEST_ROWS} samples at least must be retained, none are summed up here"
     planned = _planned(settings, image, samples)
     if planned < 2 or samples not in look_schedule(planned):
         looks = ", ".join(map(str, sorted(look_schedule(max(planned, 2)))))

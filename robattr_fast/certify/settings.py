@@ -51,6 +51,8 @@ class Settings:
         second_moment: a part of alpha is set aside for second moments (T7).
         retain: number m of samples whose packed levels are kept for second moments: the first of each image.
         on_nonfinite: one of `NONFINITE`.
+        merged: the union of several runs. What each had when it ended may have depended on what it saw, so a union is
+            evaluated by betting, whatever its size.
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         model_fingerprint, input_hashes: of the model, and of each image.
         device, batch_size, folded, backends, versions: where and how the samples were taken: rows per forward pass,
@@ -79,6 +81,7 @@ class Settings:
     second_moment: bool = False
     retain: int = 0
     on_nonfinite: str = "raise"
+    merged: bool = False
     exploration: Evaluation | None = None
     model_fingerprint: str | None = None
     input_hashes: tuple[str, ...] | None = None

@@ -110,12 +110,15 @@ class State:
     def _summaries(self, images: Sequence[int]) -> torch.Tensor:
         return torch.stack([self.retained[image].summary() for image in images])
 
-    def save(self, path: str | os.PathLike, first_sample: int, batch_size: int) -> None:
-        """Write the certificate so far and, where the retained rows are not complete yet, the rows."""
+    def save(self, path: str | os.PathLike, first_sample: int, batch_size: int, *, final: bool = False) -> None:
+        """Write the certificate so far and, where the retained rows are not complete yet, the rows.
+
+        Second moments of incomplete rows cost time: they are written at the end only.
+        """
         certificate = self.certificate(first_sample, batch_size, moments=False)
         tensors = dict(certificate.tensors)
         if self.retained:
-            complete = [rows.summary() if rows.complete else no_summary(1)[0] for rows in self.retained]
+            complete = [rows.summary() if final or rows.complete else no_summary(1)[0] for rows in self.retained]
             tensors["gram_summary"] = torch.stack(complete)
             tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([rows.invalid for rows in self.retained])
             for image, rows in enumerate(self.retained):

@@ -18,8 +18,8 @@ from rich.table import Table
 from robattr_fast import backends, rounding
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
-from robattr_fast.rounding import percent, radius
-from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
+from robattr_fast.rounding import percent, radius, rounded_cosine
+from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE
 
 _STAR = "*"  # of a share that second moments certify
 
@@ -115,24 +115,19 @@ class Results:
     settings: dict[str, Any]
     radii: list[float]
     device: torch.device
-    earlier: dict[str, Record] = field(default_factory=dict)
-    """Of the same run, before it was interrupted: kept in table and manifest until the image's turn has come."""
     rows: list[Row] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        self.earlier.pop(row.name, None)
         self.rows.append(row)
         self._write()
 
     def fail(self, name: str, source: Path, error: str) -> None:
-        self.earlier.pop(name, None)
         self.failures.append({"name": name, "source": str(source), "error": error})
         self._write()
 
     def _write(self) -> None:
-        rows: list[dict[str, Any]] = [row.tsv(self.radii) for row in self.rows]
-        rows += [record.row for record in self.earlier.values() if record.row]
+        rows = [row.tsv(self.radii) for row in self.rows]
         if rows:
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0].keys(), delimiter="\t", lineterminator="\n")
@@ -165,8 +160,7 @@ class Results:
                     "seconds": round(row.seconds, 3),
                 }
                 for row in self.rows
-            ]
-            + [record.image for record in self.earlier.values()],
+            ],
             "failures": self.failures,
         }
 

@@ -27,6 +27,8 @@ SAMPLING = (
     "alpha",
     "bound",
     "slack",
+    "second_moment",
+    "retain",
     "on_nonfinite",
 )
 """The options that samples and certificate depend on, as arguments of `certify`."""

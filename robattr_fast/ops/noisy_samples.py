@@ -32,7 +32,7 @@ def noisy_samples(
         seed: 0 <= seed < 2^64.
         first_sample: index of the first draw.
         image_ids: int64 [B] in [0, 2^32); default arange(B).
-        sample_offset: int64 [1] on x's device, added to first_sample (a captured graph can advance it).
+        sample_offset: int64 [1] on x's device, added to first_sample.
         dtype: of the result; default x.dtype.
         channels_last: each [num_samples, C, H, W] slice becomes channels-last contiguous; x must be [B, C, H, W].
 
