@@ -99,7 +99,7 @@ def test_tables_round_down(html, certs):
 
 
 def test_nothing_but_the_page_itself(html):
-    assert not re.search(r"(?i)https?:|(src|href)\s*=\s*(?!"data:image/png;base64,)|@import|url\(", html)
+    assert not re.search(r'(?i)https?:|(src|href)\s*=\s*(?!"data:image/png;base64,)|@import|url\(', html)
     assert "default-src 'none'" in html
     assert "with &lt;b&gt;image&lt;/b&gt;" in html
     assert "<b>image" not in html

@@ -18,7 +18,7 @@ from rich.table import Table
 from robattr_fast import backends, rounding
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
-from robattr_fast.rounding import percent, radius, rounded_cosine
+from robattr_fast.rounding import percent, radius
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE
 
 _STAR = "*"  # of a share that second moments certify
