@@ -21,8 +21,3 @@ def radius(value: float) -> str:
         return "0" if value <= 0 else "any"
     digits = 2 - math.floor(math.log10(value))
     return f"{math.floor(value * 10**digits) / 10**digits:.{max(0, digits)}f}"
-
-
-def cosine(value: float) -> str:
-    """A certified cosine, rounded down to three digits, as .987."""
-    return f"{math.floor(1000 * value) / 1000:.3f}".removeprefix("0")

@@ -151,7 +151,7 @@ def test_second_moments_are_shown_and_can_be_left_out(folder):
     cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
     assert (cert.settings.retain, int(cert.gram_summary[0, 0])) == (300, 300)
     assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert f"cos {results.rounding.cosine(float(row['cosine@0.1']))}" in shown.stdout
+    assert f"cos {results.rounded_cosine(float(row['cosine@0.1']))}" in shown.stdout
 
     hidden = run(*options, "--no-second-moment", samples=512)
     assert hidden.exit_code == 0, hidden.output
@@ -173,9 +173,7 @@ def test_the_table_tells_which_method_won(folder):
     console.print(run_results.table())
     title, head, shares, cosines = console.file.getvalue().splitlines()
     assert shares.split()[1:6] == ["50.0", "%", "25.0", "%", "*"]
-    assert cosines.split() == [
-        word for at in radii for word in ("cos", results.rounding.cosine(float(cert.cosine(at))))
-    ]
+    assert cosines.split() == [word for at in radii for word in ("cos", results.rounded_cosine(float(cert.cosine(at))))]
     assert "class certified to" in head
     assert title.startswith("Share of the top 20 %")
     assert "* by second moments" in run_results.footnote()
@@ -344,7 +342,7 @@ def test_radius_rounds_down(value, text):
 
 @pytest.mark.parametrize(("value", "text"), [(0.98799, ".987"), (0.9996, ".999"), (0.05, ".050"), (1.0, "1.000")])
 def test_cosine_rounds_down(value, text):
-    assert results.rounding.cosine(value) == text
+    assert results.rounded_cosine(value) == text
 
 
 def test_doctor_tells_and_fails(monkeypatch):

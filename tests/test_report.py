@@ -194,7 +194,7 @@ def test_command(folder):
     assert 0.02 in held["radii"]
     cosines = cert.cosine(held["radii"])[:, 0].tolist()
     assert held["certificates"][0]["cosines"] == cosines
-    assert f"<td>{rounding.cosine(float(cert.cosine(0.02)))}</td>" in html
+    assert f"<td>{rounding.rounded_cosine(float(cert.cosine(0.02)))}</td>" in html
 
 
 def test_images_are_shown_only_if_they_are_the_certified_ones(folder):

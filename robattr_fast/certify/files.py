@@ -49,6 +49,12 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         os.close(folder)
 
 
+def sweep(folder: str | os.PathLike) -> None:
+    """Removes what killed writers left in a folder that no other process is writing to."""
+    for part in pathlib.Path(folder).glob(".*.????????.tmp"):
+        part.unlink(missing_ok=True)
+
+
 def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
     """Writes tensors and manifest to `path`, atomically.
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from robattr_fast import images, models
-from robattr_fast.certify import Certificate
+from robattr_fast.certify import Certificate, files
 from robattr_fast.certify import certify as certify_images
 from robattr_fast.cli.errors import EXPECTED, bad_input_exits, one_line, report
 from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
@@ -113,6 +113,7 @@ def certify(
         place = checked_device(device)
         sources = images.find(paths)
         _make_writable(out)
+        files.sweep(out)
         _spare_inputs(sources, out)
         chosen = models.load(model, size=size)
         earlier = Earlier(out, sources, fresh=fresh)

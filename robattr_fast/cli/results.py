@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from robattr_fast import backends, rounding
+from robattr_fast import backends
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
-from robattr_fast.rounding import percent, radius
-from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE
+from robattr_fast.rounding import percent, radius, rounded_cosine
+from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
 
 _STAR = "*"  # of a share that second moments certify
 
@@ -72,7 +72,7 @@ class Row:
         cells = []
         for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
             star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
-            below = f"\n[not bold dim]cos {rounding.cosine(cosine)}[/]" if cosine else ""
+            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}[/]" if cosine else ""
             cells.append(percent(share) + star + below)
         return cells
 
@@ -115,19 +115,24 @@ class Results:
     settings: dict[str, Any]
     radii: list[float]
     device: torch.device
+    earlier: dict[str, Record] = field(default_factory=dict)
+    """Of the same run, before it was interrupted: kept in table and manifest until the image's turn has come."""
     rows: list[Row] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
+        self.earlier.pop(row.name, None)
         self.rows.append(row)
         self._write()
 
     def fail(self, name: str, source: Path, error: str) -> None:
+        self.earlier.pop(name, None)
         self.failures.append({"name": name, "source": str(source), "error": error})
         self._write()
 
     def _write(self) -> None:
-        rows = [row.tsv(self.radii) for row in self.rows]
+        rows: list[dict[str, Any]] = [row.tsv(self.radii) for row in self.rows]
+        rows += [record.row for record in self.earlier.values() if record.row]
         if rows:
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0].keys(), delimiter="\t", lineterminator="\n")
@@ -160,7 +165,8 @@ class Results:
                     "seconds": round(row.seconds, 3),
                 }
                 for row in self.rows
-            ],
+            ]
+            + [record.image for record in self.earlier.values()],
             "failures": self.failures,
         }
 

@@ -20,7 +20,7 @@ from robattr_fast import plots
 from robattr_fast.certify import Certificate
 from robattr_fast.certify.membership import membership
 from robattr_fast.report import words
-from robattr_fast.rounding import cosine, percent
+from robattr_fast.rounding import percent, rounded_cosine
 from robattr_fast.rounding import radius as shown_radius
 
 _STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
@@ -228,7 +228,7 @@ def _rows(cert: Certificate, shares: Sequence[float], radii: Sequence[float]) ->
         kept = [percent(float(value)) for value in cert.overlap(k, radii).share[:, 0]]
         rows.append((f"{100 * share:g} %, {k} elements", [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))]))
     if cert.has_second_moments:
-        rows.append(("cosine with the map shown", [*(cosine(float(v)) for v in cert.cosine(radii)[:, 0]), ""]))
+        rows.append(("cosine with the map shown", [*(rounded_cosine(float(v)) for v in cert.cosine(radii)[:, 0]), ""]))
     return "".join(
         f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
         for name, values in rows
