@@ -61,7 +61,7 @@ def _row_faults(cert: Certificate, record: Record) -> list[str]:
     except (KeyError, ValueError, TypeError) as error:
         return [f"{TABLE}: its row cannot be checked: {error}"]
     row = Row("", "", _only(cert.settings.image_ids), label(cert, None), cert, k, overlaps, 0.0)
-    held = row.tsv([float(name.partition("@")[2]) for name in columns])
+    held = row.tsv(radii)
     return [
         f"{TABLE} says {name} {said.get(name)}, the counts give {value}"
         for name, value in held.items()

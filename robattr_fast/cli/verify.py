@@ -257,8 +257,12 @@ def _smoothing_log(found: list[_Verified], truth: dict[str, int]) -> str:
 
 
 def _read_labels(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"labels: {path} is not a text: {error}") from error
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition("\t" if "\t" in line else " ")

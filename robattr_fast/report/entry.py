@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from string import Template
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,8 @@ from robattr_fast import plots
 from robattr_fast.certify import Certificate
 from robattr_fast.certify.membership import membership
 from robattr_fast.report import words
-from robattr_fast.rounding import percent
+from robattr_fast.rounding import percent, rounded_cosine
 from robattr_fast.rounding import radius as shown_radius
-
-MARGINAL, MOMENTS = "marginal bounds alone", "second moments alone"
 
 _STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
 _PALE = (0.55, 0.45)  # grey level of black, and what white adds
@@ -93,17 +92,17 @@ class Shown:
 
     def __init__(self, entry: Entry, shares: Sequence[float], grid: list[float]) -> None:
         self.entry, self.shares, self.grid = entry, shares, grid
-        self.sets = []
-        for share in shares:
+        self.sets: list[dict[str, Any]] = []
+        curves = [_curves(entry.cert, top_size(entry.cert, share), grid) for share in shares]
+        self.methods = list(dict.fromkeys(name for of_share in curves for name in of_share))
+        for share, by_method in zip(shares, curves, strict=True):
             k = top_size(entry.cert, share)
             inside, outside = certified_steps(entry.cert, k, grid)
-            curves = _curves(entry.cert, k, grid)
-            self.methods = list(curves)
             steps = np.arange(len(grid))[:, None]
             self.sets.append(
                 {
                     "k": k,
-                    "counts": [(values * k).round().astype(int).tolist() for values in curves.values()],
+                    "counts": [by_method.get(name) for name in self.methods],
                     "inside": (inside.numpy() > steps).sum(1).tolist(),
                     "outside": (outside.numpy() > steps).sum(1).tolist(),
                     "steps": _base64(_codes(inside.view(entry.picture_shape), outside.view(entry.picture_shape))),
@@ -116,7 +115,9 @@ class Shown:
             pale = np.full(self.entry.picture_shape[1:], _NO_IMAGE, np.uint8)
         else:
             pale = (255 * (_PALE[0] + _PALE[1] * self.entry.image.mean(0).numpy())).round().astype(np.uint8)
-        return {"n": self.entry.cert.settings.n, "pale": _base64(pale), "sets": self.sets}
+        cert = self.entry.cert
+        cosines = cert.cosine(self.grid)[:, 0].tolist() if cert.has_second_moments else None
+        return {"n": cert.settings.n, "pale": _base64(pale), "sets": self.sets, "cosines": cosines}
 
     def html(self, index: int, radii: Sequence[float]) -> str:
         """Its part of the page."""
@@ -147,7 +148,7 @@ class Shown:
             paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in reversed(range(len(self.methods)))),
             key="".join(_key(i, method) for i, method in enumerate(self.methods)),
             columns="".join(f'<th scope="col">{radius:g}</th>' for radius in radii),
-            rows="".join(_row(cert, share, radii) for share in self.shares),
+            rows=_rows(cert, self.shares, radii),
             manifest="".join(
                 f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value))}</td></tr>'
                 for key, value in cert.settings.to_json().items()
@@ -160,22 +161,11 @@ def asset(name: str) -> str:
     return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8").strip()
 
 
-def _curves(cert: Certificate, k: int, grid: list[float]) -> dict[str, np.ndarray]:
-    """Certified share [R] per method; the certificate's own comes first."""
-    ours, *rest = plots.overlap_curves(cert, k, grid).items()
-    parts = {}
-    if _has_second_moments(cert):
-        for name, method in ((MARGINAL, "marginal"), (MOMENTS, "second-moment")):
-            parts[name] = cert.overlap(k, grid, method=method).share[:, 0].numpy()
-    return dict([ours, *parts.items(), *rest])
-
-
-def _has_second_moments(cert: Certificate) -> bool:
-    try:
-        cert.distance(0.0)
-    except ValueError:  # it says why not
-        return False
-    return True
+def _curves(cert: Certificate, k: int, grid: list[float]) -> dict[str, list[int]]:
+    """Certified overlap in elements [R] per method; the certificate's own comes first."""
+    curves = {plots.OURS: cert.overlap(k, grid).share[:, 0].numpy()}
+    curves |= {name: shares for name, shares in plots.overlap_curves(cert, k, grid).items() if name not in curves}
+    return {name: (shares * k).round().astype(int).tolist() for name, shares in curves.items()}
 
 
 def _codes(inside: torch.Tensor, outside: torch.Tensor) -> np.ndarray:
@@ -231,12 +221,17 @@ def _facts(entry: Entry) -> str:
     return " · ".join(facts)
 
 
-def _row(cert: Certificate, share: float, radii: Sequence[float]) -> str:
-    k = top_size(cert, share)
-    shares = "".join(f"<td>{percent(float(value))}</td>" for value in cert.overlap(k, radii).share[:, 0])
-    return (
-        f'<tr><th scope="row">{100 * share:g} %, {k} elements</th>{shares}'
-        f"<td>{shown_radius(float(cert.radius(k, 0.5)[0]))}</td></tr>"
+def _rows(cert: Certificate, shares: Sequence[float], radii: Sequence[float]) -> str:
+    rows = []
+    for share in shares:
+        k = top_size(cert, share)
+        kept = [percent(float(value)) for value in cert.overlap(k, radii).share[:, 0]]
+        rows.append((f"{100 * share:g} %, {k} elements", [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))]))
+    if cert.has_second_moments:
+        rows.append(("cosine with the map shown", [*(rounded_cosine(float(v)) for v in cert.cosine(radii)[:, 0]), ""]))
+    return "".join(
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
+        for name, values in rows
     )
 
 

@@ -8,6 +8,7 @@ const PLOT = { left: 44, right: 452, top: 12, bottom: 256 };
 
 const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 const percent = (count, of) => `${(Math.floor((1000 * count) / of) / 10).toFixed(1)} %`;
+const downwards = (cosine) => (Math.floor(1000 * cosine) / 1000).toFixed(3);
 const x = (step) => PLOT.left + ((PLOT.right - PLOT.left) * step) / (page.radii.length - 1);
 const y = (share) => PLOT.bottom - (PLOT.bottom - PLOT.top) * share;
 
@@ -72,7 +73,10 @@ function show() {
     const set = sets[choice];
     const shown = paint(article, set, step);
     const count = set.counts[0][step];
-    paths.forEach((path) => path.setAttribute("d", staircase(set.counts[path.dataset.method], set.k)));
+    paths.forEach((path) => {
+      const counts = set.counts[path.dataset.method];
+      path.setAttribute("d", counts ? staircase(counts, set.k) : "");
+    });
     part("now").setAttribute("x1", x(step));
     part("now").setAttribute("x2", x(step));
     part("dot").setAttribute("cx", x(step));
@@ -83,7 +87,8 @@ function show() {
     part("reading").textContent =
       `At L2 radius ${radiusText}: at least ${percent(count, set.k)} of the top ${shareText} stays ` +
       `(${count} of ${set.k} elements). Element by element, ${set.inside[step]} are surely in and ` +
-      `${set.outside[step]} surely outside.`;
+      `${set.outside[step]} surely outside.` +
+      (certificate.cosines ? ` The map keeps a cosine of at least ${downwards(certificate.cosines[step])}.` : "");
     article.canvas.setAttribute("aria-label", `${shown.in} pixels surely in the top set, ${shown.out} surely outside`);
     Object.assign(element.dataset, {
       overlap: count, size: set.k, share: percent(count, set.k), inside: set.inside[step], outside: set.outside[step],
