@@ -1,7 +1,16 @@
 """Shared by all tests: uninitialised memory holds NaN, every run sees the same random numbers."""
 
+import signal
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    # A shell starts background jobs with SIGINT ignored, and Python then installs no handler: tests that interrupt
+    # themselves would go on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

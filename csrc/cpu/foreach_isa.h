@@ -34,8 +34,8 @@ namespace robattr_fast::avx2 {
 #undef ROBATTR_ISA
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,f16c,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,f16c,popcnt"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -53,9 +53,9 @@ namespace robattr_fast::avx512 {
 #pragma GCC pop_options
 #endif
 
-#define ROBATTR_DISPATCH(...)                                                                      \
-  (::robattr_fast::cpu_isa() == ROBATTR_ISA_AVX512 ? &::robattr_fast::avx512::__VA_ARGS__                   \
-   : ::robattr_fast::cpu_isa() == ROBATTR_ISA_AVX2 ? &::robattr_fast::avx2::__VA_ARGS__                     \
+#define ROBATTR_DISPATCH(...)                                                             \
+  (::robattr_fast::cpu_isa() == ROBATTR_ISA_AVX512 ? &::robattr_fast::avx512::__VA_ARGS__ \
+   : ::robattr_fast::cpu_isa() == ROBATTR_ISA_AVX2 ? &::robattr_fast::avx2::__VA_ARGS__   \
                                                    : &::robattr_fast::baseline::__VA_ARGS__)
 #else
 #define ROBATTR_DISPATCH(...) (&::robattr_fast::baseline::__VA_ARGS__)

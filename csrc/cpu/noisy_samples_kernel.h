@@ -1,7 +1,7 @@
 // One tile (64 normals) per step: 16 blocks of Philox side by side. Compiled once per instruction set (foreach_isa.h).
 
-#include "common/philox.h"
 #include "common/normal.h"
+#include "common/philox.h"
 
 constexpr int kTile = 64;
 
@@ -18,8 +18,8 @@ ROBATTR_INLINE void tile_normals(uint32_t tile, uint32_t sample, uint32_t image,
 ROBATTR_INLINE float noisy(float x, float sigma, float z) { return x + sigma * z; }
 ROBATTR_INLINE double noisy(double x, double sigma, float z) { return x + sigma * static_cast<double>(z); }
 
-// Tiles [first_tile, last_tile) of one sample. x [n] has the type of the arithmetic; element e goes to out[e], or, where
-// pixel_stride (the number of channels) is above 1, to out[(e % plane) * pixel_stride + e / plane].
+// Tiles [first_tile, last_tile) of one sample. x [n] has the type of the arithmetic; element e goes to out[e], or,
+// where pixel_stride (the number of channels) is above 1, to out[(e % plane) * pixel_stride + e / plane].
 template <class Compute, class Out>
 static void noisy_tiles(const Compute* x, Out* out, Compute sigma, const Stream& stream, const Row& row,
                         int64_t first_tile, int64_t last_tile) {

@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 4096;
 #if defined(__x86_64__)
 #define ROBATTR_ISA ROBATTR_ISA_AVX512_COUNT
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                                                      \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,avx2,bmi,bmi2,popcnt"))), \
     apply_to = function)
 #else
@@ -58,7 +58,8 @@ Kernel choose_kernel(bool bits) {
 
 }  // namespace
 
-void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> mask, int64_t num_levels, bool symmetric) {
+void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> mask, int64_t num_levels,
+                 bool symmetric) {
   const int64_t bytes = rows.size(1), rows_a = rows.size(0), rows_b = other.size(0);
   const auto* a = static_cast<const uint8_t*>(rows.const_data_ptr());
   const auto* b = static_cast<const uint8_t*>(other.const_data_ptr());

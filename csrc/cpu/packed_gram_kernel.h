@@ -1,4 +1,5 @@
-// Inner products of two blocks of packed rows in tiles of 4 x 4 rows. Compiled once per instruction set; no include guard.
+// Inner products of two blocks of packed rows in tiles of 4 x 4 rows. Compiled once per instruction set; no include
+// guard.
 //
 // Each element type has: Operand, one step of a row made ready to multiply; Sum, the partial inner products of a pair;
 // multiply_add; total.
@@ -107,8 +108,8 @@ struct Nibbles {
 #endif
 
 template <class Element, int kRowsA, int kRowsB>
-static void gram_tile(const uint8_t* a, int64_t stride_a, const uint8_t* b, int64_t stride_b, int64_t bytes, int64_t* out,
-                      int64_t stride_out) {
+static void gram_tile(const uint8_t* a, int64_t stride_a, const uint8_t* b, int64_t stride_b, int64_t bytes,
+                      int64_t* out, int64_t stride_out) {
   typename Element::Sum sum[kRowsA][kRowsB];
   for (int i = 0; i < kRowsA; ++i) {
     for (int j = 0; j < kRowsB; ++j) sum[i][j] = Element::zero();
@@ -133,8 +134,9 @@ static void gram_block(const uint8_t* a, int64_t stride_a, int64_t rows_a, const
   const int64_t full_a = rows_a - rows_a % kTileRows, full_b = rows_b - rows_b % kTileRows;
   for (int64_t i = 0; i < rows_a; i += i < full_a ? kTileRows : 1) {
     for (int64_t j = 0; j < rows_b; j += j < full_b ? kTileRows : 1) {
-      const auto tile = i < full_a ? (j < full_b ? gram_tile<Element, kTileRows, kTileRows> : gram_tile<Element, kTileRows, 1>)
-                                   : (j < full_b ? gram_tile<Element, 1, kTileRows> : gram_tile<Element, 1, 1>);
+      const auto tile = i < full_a
+                            ? (j < full_b ? gram_tile<Element, kTileRows, kTileRows> : gram_tile<Element, kTileRows, 1>)
+                            : (j < full_b ? gram_tile<Element, 1, kTileRows> : gram_tile<Element, 1, 1>);
       tile(a + i * stride_a, stride_a, b + j * stride_b, stride_b, bytes, out + i * stride_out + j, stride_out);
     }
   }

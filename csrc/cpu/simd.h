@@ -20,9 +20,7 @@ ROBATTR_INLINE i32 bits_of(f32 v) { return (i32)v; }
 ROBATTR_INLINE f32 float_from_bits(i32 v) { return (f32)v; }
 ROBATTR_INLINE f32 to_float(i32 v) { return __builtin_convertvector(v, f32); }
 
-ROBATTR_INLINE u32 iota(uint32_t first) {
-  return u32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first;
-}
+ROBATTR_INLINE u32 iota(uint32_t first) { return u32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first; }
 
 ROBATTR_INLINE f32 square_root(f32 v) {
 #if ROBATTR_ISA == ROBATTR_ISA_AVX512
