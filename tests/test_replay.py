@@ -10,6 +10,7 @@ from models import small_cnn
 from robattr_fast.certify import Certificate, certify
 from robattr_fast.certify import replay as module
 from robattr_fast.certify.replay import FALSE_ALARM, replay
+from robattr_fast.sampling import Sampler
 
 SAMPLES, BATCH = 300, 13  # rows of a batch of 13 round differently: samples must go back to their own
 
@@ -118,6 +119,20 @@ def test_another_environment_is_named_and_forgiven_a_little(plain, model, x):
     assert replay(with_tensor(elsewhere, "counts", counts), model, x, samples=None).faults == ()
     counts[0, often, 0] -= 1
     assert replay(with_tensor(elsewhere, "counts", counts), model, x, samples=None).faults
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_samples_are_put_where_they_were_if_that_can_repeat_their_bits(plain, model, x, monkeypatch, elsewhere):
+    in_their_rows, scored = set(), Sampler.run
+
+    def run(self, segments):
+        in_their_rows.update(s.first_sample for row, s in enumerate(segments) if s.first_sample % BATCH == row)
+        return scored(self, segments)
+
+    monkeypatch.setattr(Sampler, "run", run)
+    cert = changed(plain, device="cuda:0") if elsewhere else plain
+    assert replay(cert, model, x, samples=40).faults == ()
+    assert (len(in_their_rows) == 40) is not elsewhere
 
 
 def test_merged_intervals(model, x):

@@ -24,7 +24,7 @@ from robattr_fast.cli.options import DEFAULT_RADII, at_least_one, checked_device
 from robattr_fast.cli.results import label
 from robattr_fast.errors import CertificateFileError
 from robattr_fast.report import words
-from robattr_fast.rounding import percent
+from robattr_fast.rounding import percent, rounded_cosine
 from robattr_fast.rounding import radius as shown_radius
 from robattr_fast.runs import Record, find_certificates, find_image, read_record
 
@@ -216,13 +216,22 @@ def _table(found: list[_Verified], shares: list[float], radii: list[float], over
                 table.add_row(
                     name.replace("[", r"\["),
                     f"{100 * share:g} %",
-                    *(percent(float(value)) for value in cert.overlap(k, radii).share[:, 0]),
+                    *_cells(cert, k, radii),
                     shown_radius(float(cert.radius(k, overlap)[0])),
                     *_label(cert),
                     str(int(cert.samples[0])),
                     verdict,
                 )
     return table
+
+
+def _cells(cert: Certificate, k: int, radii: list[float]) -> list[str]:
+    """As in the table of `certify`."""
+    shown = [percent(float(share)) for share in cert.overlap(k, radii).share[:, 0]]
+    if not cert.has_second_moments:
+        return shown
+    cosines = [rounded_cosine(float(value)) for value in cert.cosine(radii)[:, 0]]
+    return [f"{share}\n[not bold dim]cos {cosine}[/]" for share, cosine in zip(shown, cosines, strict=True)]
 
 
 def _label(cert: Certificate) -> tuple[str, str]:
