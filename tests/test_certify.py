@@ -396,6 +396,22 @@ def test_second_moments_come_from_the_first_samples(levels, gamma, retain):
     assert (certificate.distance(0.01) > 0).all()
 
 
+@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
+def test_samples_are_kept_on_request(levels, gamma, tmp_path):
+    x = images()
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 40, "levels": levels, "gamma": gamma}
+    certificate = rf.certify(MODEL, x, **settings, retain=16, keep_samples=True, batch_size=8)
+    expected = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :16], levels)
+    assert torch.equal(certificate.packed, expected)
+    certificate.save(tmp_path / "kept.safetensors")
+    assert torch.equal(rf.Certificate.load(tmp_path / "kept.safetensors")[1].packed, expected[1:])
+    assert rf.certify(MODEL, x, **settings, retain=16, batch_size=8).packed is None
+    apart = rf.certify(MODEL, x, **{**settings, "samples": 8}, first_sample=40, batch_size=8)
+    assert certificate.merge(apart).packed is None
+    with pytest.raises(ValueError, match="keep_samples: got True without second moments"):
+        rf.certify(MODEL, x, **settings, second_moment=False, keep_samples=True)
+
+
 def test_second_moments_cost_nothing_when_declined():
     certificate = rf.certify(MODEL, images(), **COMMON, second_moment=False, batch_size=8)
     assert certificate.gram_summary is None
@@ -418,11 +434,11 @@ def test_a_run_that_ends_off_its_looks_has_no_second_moments(monkeypatch):
     assert partial.overlap(20, 0.01).method[0] == "marginal"
 
 
-@pytest.mark.parametrize("retain", [100, 600])
-def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
+@pytest.mark.parametrize(("retain", "keep"), [(100, False), (100, True), (600, False)])
+def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     """Killed once while rows are still being retained, once after: the same second moments as without."""
     x = images(2)
-    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain}
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain, "keep_samples": keep}
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
@@ -447,6 +463,15 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
     resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.gram_summary, whole.gram_summary)
     assert torch.equal(resumed.counts, whole.counts)
+    assert torch.equal(resumed.packed, whole.packed) if keep else resumed.packed is None
+
+
+def test_a_checkpoint_without_samples_cannot_go_on_keeping_them(tmp_path):
+    path = tmp_path / "run.safetensors"
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 64, "batch_size": 16, "checkpoint": path}
+    rf.certify(MODEL, images(1), **settings)
+    with pytest.raises(ValueError, match="checkpoint: it was written without keep_samples"):
+        rf.certify(MODEL, images(1), **settings, keep_samples=True)
 
 
 def test_a_stop_may_come_from_second_moments(monkeypatch):
