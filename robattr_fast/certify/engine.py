@@ -20,6 +20,7 @@ from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
+from robattr_fast.certify.merge import joined
 from robattr_fast.certify.settings import NONFINITE, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
@@ -301,6 +302,13 @@ def certify(
             "function of a module with a checkpoint"
         )
     resumed = None if path is None else _resumable(path, settings, first_sample)
+    if resumed is not None:
+        earlier = resumed.settings
+        settings = dataclasses.replace(
+            settings,
+            versions=joined(earlier.versions, settings.versions),
+            backends=joined(earlier.backends, settings.backends),
+        )
     classes = sampler.prepare()
     state = State(
         dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device, keep_samples=keep_samples
