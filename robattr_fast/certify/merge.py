@@ -35,8 +35,8 @@ def _union(first: tuple[Interval, ...], second: tuple[Interval, ...], image: int
 
 
 def joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
-    """Both values where they differ."""
-    names = sorted(first.keys() | second.keys())
+    """Both values where they differ, names in their order."""
+    names = dict.fromkeys((*first, *second))
     values = {name: sorted({side[name] for side in (first, second) if name in side}) for name in names}
     return {name: " + ".join(found) for name, found in values.items()}
 
