@@ -31,6 +31,8 @@ FALSE_ALARM = 1e-3
 FLIPS = 0.01
 """In another environment a model rounds differently: every element may then differ in this share of the samples."""
 
+_MOMENTS_TOLERANCE = 1e-9  # relative: sums of float64 in another order
+
 _BATCH_SIZE = 32  # where none is recorded
 
 
@@ -155,7 +157,7 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
         for name in ("counts", "sums", "invalid", "class_counts"):
             if (part := getattr(state, name)) is not None:
                 sums[name] = sums.get(name, 0) + part.cpu()
-        moments += [rows.summary() for rows in state.retained]
+        moments += [rows.summary().to_tensors() for rows in state.retained]
     allowed = 0 if exact else math.ceil(FLIPS * int(cert.samples[0]))
     faults = []
     for name, again in sums.items():
@@ -168,9 +170,19 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
             )
     # Merged certificates have none; elsewhere they move with the counts, by amounts that nothing here bounds.
     recorded = cert.gram_summary
-    if exact and recorded is not None and recorded.any() and not torch.allclose(moments[0], recorded[0], rtol=1e-9):
-        faults.append("gram_summary: the second moments are not those of the first samples")
+    if exact and recorded is not None and recorded.any() and not same_moments(moments[0], cert, 0):
+        faults.append("gram_summary: the second moments are not those of the samples")
     return faults
+
+
+def same_moments(again: tuple[torch.Tensor, torch.Tensor], cert: Certificate, image: int) -> bool:
+    """Whether ``gram_summary`` and ``directions`` made again are those of a certificate."""
+    summary, directions = again
+    assert cert.gram_summary is not None
+    recorded = torch.zeros_like(directions) if cert.directions is None else cert.directions[image]
+    return torch.equal(directions, recorded) and torch.allclose(
+        summary, cert.gram_summary[image], rtol=_MOMENTS_TOLERANCE, atol=0.0
+    )
 
 
 class _Drawn:
