@@ -137,7 +137,7 @@ class Certificate:
             )
         if second_moment:
             raise ValueError(
-                "second_moment: got True, but counts do not tell how elements move together; from_samples takes the maps"
+                "second_moment: got True, but counts do not tell how elements move together; from_samples does"
             )
         if isinstance(samples, int):
             samples = torch.full((len(counts),), samples, dtype=torch.int64)

@@ -47,7 +47,7 @@ def look_schedule(planned: int) -> dict[int, float]:
 
 
 def block_rows(planned: int, retain: int) -> int:
-    """Rows of each block of retained samples: equal blocks of at most ``retain`` that use up the plan, all but a few."""
+    """Rows of each block of retained samples: equal blocks of at most ``retain``, as few as can use up the plan."""
     return planned // -(-planned // retain)
 
 
@@ -92,8 +92,8 @@ class GramSummary:
     largest. norm2 (largest): ||mean||^2 of a block. eigenvalue: the largest of the centred Gram matrix over its size,
     that is of the empirical covariance. fourth: the same of its squared entries, at least the fourth moment of the
     centred samples along any direction. For the first half of a block, rounded down, of mean a and empirical covariance
-    Sigma_A: half_eigenvalue (largest): the largest eigenvalue of Sigma_A; half_norm2 (largest): ||a||^2; half_mean: mean
-    over the other samples of (h - a)' Sigma_A (h - a). All rounded up.
+    Sigma_A: half_eigenvalue (largest): the largest eigenvalue of Sigma_A; half_norm2 (largest): ||a||^2; half_mean:
+    mean over the other samples of (h - a)' Sigma_A (h - a). All rounded up.
     """
 
     rows: int

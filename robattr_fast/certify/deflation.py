@@ -1,8 +1,8 @@
-"""A norm in which the covariance has no directions that stand out, chosen from pilot samples (T7; docs/certificates.md).
+"""A norm in which no direction of the covariance stands out, chosen from pilot samples (T7; docs/certificates.md).
 
-A few directions v_1, .. hold the largest eigenvalues of Sigma. W = I - sum_j (1 - w_j) v_j v_j', w_j <= 1, shrinks them,
-so that the largest eigenvalue of W Sigma W is far below that of Sigma, while a map that moves along v_j alone changes
-few top-K sets. The directions come from the first samples, the eigenvalue from the others.
+A few directions v_1, .. hold the largest eigenvalues of Sigma. W = I - sum_j (1 - w_j) v_j v_j', w_j <= 1, shrinks
+them, so that the largest eigenvalue of W Sigma W is far below that of Sigma, while a map that moves along v_j alone
+changes few top-K sets. The directions come from the first samples, the eigenvalue from the others.
 """
 
 import dataclasses

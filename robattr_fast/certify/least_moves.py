@@ -18,19 +18,20 @@ _NEWTON_STEPS = 40
 
 
 class DeflatedCost:
-    """Lower bounds on cost_W(s) = min ||W d||^2 over all d such that a top-K of p^ + d lacks s elements of the top-K of p^.
+    """Lower bounds on cost_W(s): the least ||W d||^2 of all d such that p^ + d has a top-K that lacks s elements of S.
 
-    ``sizes``, ``costs``: int64 and float64 ``[<= 1024]``, neither falling; the bound for s between two sizes is that of
-    the smaller one. With a = the coordinates of d along v_1, v_2, and cost(s; .) that of T7 for the same displayed set,
+    S is the top-K of p^, ties to the lowest index. ``sizes``, ``costs``: int64 and float64 ``[<= 1024]``, neither
+    falling; the bound for s between two sizes is that of the smaller one. With a = the coordinates of d along v_1, v_2,
+    and cost(s; .) that of T7, with S as the set that leaves,
 
         cost_W(s) >= min over a of  sum_j w_j^2 a_j^2 + cost(s; p^ + sum_j a_j v_j),
 
-    and for all a of a square of centre b and half-width h, since d - sum_j b_j v_j must change the top-K of p^ + sum_j b_j
-    v_j and its part outside of the plane is orthogonal to the rest,
+    and for all a of a square of centre b and half-width h
 
-        sum_j w_j^2 a_j^2 + cost(s; p^ + sum_j a_j v_j) >= cost(s; p^ + sum_j b_j v_j) + sum_j (w_j^2 a_j^2 - (a_j - b_j)^2),
+        cost(s; p^ + sum_j a_j v_j) >= cost(s; p^ + sum_j b_j v_j) - sum_j (a_j - b_j)^2
 
-    which is smallest at a corner of the square, the one towards 0. Squares are quartered until the bound is tight.
+    for d that lie across the plane (docs/certificates.md), so that w_j^2 a_j^2 - (a_j - b_j)^2 is smallest at a corner
+    of the square, the one towards 0. Squares are quartered until the bound is tight.
     """
 
     def __init__(self, mean: Tensor, k: int, deflation: Deflation, least: float = 0.0) -> None:
@@ -72,7 +73,7 @@ class DeflatedCost:
             lowest = bounds.min(0)
             wanted = (attained > least**2) & (lowest < (1 - _TOLERANCE) * attained)
             if not wanted.any() or evaluations >= _EVALUATIONS:
-                return np.maximum.accumulate(lowest) * _INWARD
+                return np.maximum.accumulate(np.minimum(lowest, attained)) * _INWARD
             ratio = np.where(wanted, lowest / np.where(wanted, attained, 1.0), math.inf)
             split = int(bounds[:, int(ratio.argmin())].argmin())
             (middle, half), parent = cells.pop(split), bounds[split]
@@ -117,7 +118,7 @@ def least_costs(leaving: np.ndarray, entering: np.ndarray, sizes: np.ndarray) ->
     low, high = ends.min(0), ends.max(0)
     t = np.clip((sums[0][0][sizes] - sums[1][0][sizes]) / (2 * sizes), low, high)
     width = high - low
-    for step in range(_NEWTON_STEPS):
+    for _ in range(_NEWTON_STEPS):
         value, slope, active = _at(t, sides, sums, sizes)
         loss = np.abs(slope) * (high - low)
         if (loss <= 1e-6 * value + 1e-18).all():

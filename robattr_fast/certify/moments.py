@@ -81,14 +81,14 @@ class Summary:
         sizes = ([first] if first else []) + [self.gram.block_rows] * (self.gram.blocks - 1)
         return (self.deflated.rows, self.deflated.blocks) == (sum(sizes), blocks) and self.deflated.fewest == min(sizes)
 
-    def with_block(self, rows: torch.Tensor, invalid: int) -> Summary:
-        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite.
+    def with_block(self, rows: torch.Tensor, invalid: int, products: torch.Tensor | None = None) -> Summary:
+        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite. products: of `packed_gram`.
 
         Fewer than 4 rows, from which nothing follows, change nothing.
         """
         if len(rows) < FEWEST_ROWS:
             return self
-        products = packed_gram(rows, self.num_levels).cpu()
+        products = packed_gram(rows, self.num_levels).cpu() if products is None else products
         gram, deflation, first = summarize_gram(products, self.num_levels), self.deflation, 0
         if self.gram is None:
             first = min(self.pilots, len(rows))

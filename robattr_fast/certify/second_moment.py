@@ -18,6 +18,7 @@ from robattr_fast.certify.concentration import (
     FROBENIUS_SHARE,
     SPECTRAL_SHARE,
     GramSummary,
+    block_rows,
     error_bound,
     frobenius_bound,
     look_schedule,
@@ -112,10 +113,10 @@ def second_moments(
 
     counts: int ``[n, L]``, levels 1..L met in the first ``samples`` samples, a look of ``look_schedule(planned)``.
     summary: of the first `rows_in_blocks` samples, ``retained`` at a time. deflated: of those after the pilots. alpha:
-    the moment part of the ledger; it pays for all looks, radii and k. invalid,
-    invalid_rows: how many of the ``samples``, and of the rows, were not
-    finite and stand for unknown maps of at most ``k_tau`` nonzero elements (``on_nonfinite="abstain"``; a deflation is
-    then left aside); leave them 0 where a non-finite sample counts as the map 0.
+    the moment part of the ledger; it pays for all looks, radii and k. invalid, invalid_rows: how many of the
+    ``samples``, and of the rows, were not finite and stand for unknown maps of at most ``k_tau`` nonzero elements
+    (``on_nonfinite="abstain"``; a deflation is then left aside); leave them 0 where a non-finite sample counts as the
+    map 0.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
@@ -127,8 +128,12 @@ def second_moments(
     if samples not in looks:
         raise ValueError(f"samples must be a scheduled look, one of {sorted(looks)}, got {samples}")
     rows = rows_in_blocks(samples, planned, retained)
-    if summary.rows != rows:
-        raise ValueError(f"summary must be that of the first {rows} samples, got one of {summary.rows}")
+    blocks = max(1, rows // block_rows(planned, retained))
+    if (summary.rows, summary.blocks) != (rows, blocks):
+        raise ValueError(
+            f"summary must be that of the first {rows} samples in {blocks} blocks, "
+            f"got {summary.rows} in {summary.blocks}"
+        )
     if not 0 <= invalid_rows <= invalid <= samples:
         raise ValueError(f"invalid_rows <= invalid <= samples must hold, got {invalid_rows}, {invalid}, {samples}")
 

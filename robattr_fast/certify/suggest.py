@@ -123,9 +123,9 @@ def suggest(
 ) -> Suggestion:
     """Which (tau, gamma, levels) is expected to certify the largest overlap, from one set of pilot samples.
 
-    The certificate is judged with the deflation that `certify` makes; it has no other weights to choose. The expectation
-    is a heuristic, for choosing only: each candidate's counts and second moments are extrapolated from
-    ``pilot`` to ``samples`` samples and evaluated as a certificate is. The proof is untouched by the choice, for the
+    The deflation that `certify` makes is counted in; there are no other weights to choose. The expectation is a
+    heuristic, for choosing only: each candidate's counts and second moments are extrapolated from ``pilot`` to
+    ``samples`` samples and evaluated nearly as a certificate is. The proof is untouched by the choice, for the
     pilot samples are the last of the noise stream, [2^32 - pilot, 2^32), which `certify` with its default
     ``first_sample`` never reaches. A candidate is judged by the top-k of its own map.
 
