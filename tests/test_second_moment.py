@@ -139,37 +139,41 @@ def test_population_bound_holds_and_is_nearly_attained() -> None:
 
 
 def test_certificate_is_never_violated() -> None:
-    """200 maps, five sample sets each: distance, cosine, overlap of the displayed map, in every direction."""
+    """200 maps, two sample sets each: distance, cosine, overlap of the displayed map, in every direction."""
     shares, shrunk_shares, closest, nearest = [], [], 0.0, 0.0
     for seed in range(200):
         plane = PlaneMap.random(seed)
         rng = np.random.default_rng(5000 + seed)
         x = rng.uniform(-0.5, 0.5, 2)
         moved = {radius: plane.mean(x + radius * DIRECTIONS) for radius in RADII}
-        for _ in range(5):
-            levels = plane.sample(x, 2000, rng)
-            moments, deflation = evaluate(levels, plane.num_levels, plane.k_tau, 500, 0.5)
+        for _ in range(2):
+            levels = plane.sample(x, 1200, rng)
+            moments, deflation = evaluate(levels, plane.num_levels, plane.k_tau, 100, 0.5)
             displayed = levels.mean(0) / plane.num_levels
             cost = {k: TopKCost(torch.from_numpy(displayed), k) for k in (2, 5, 12)}
-            deflated = {k: DeflatedCost(torch.from_numpy(displayed), k, deflation, moments.error) for k in (2, 5, 12)}
-            shrink = shrinking(deflation)
             for radius, maps in moved.items():
                 distance = np.linalg.norm(maps - displayed, axis=1).max()
                 assert distance <= moments.distance(radius)
                 closest = max(closest, distance / moments.distance(radius))
                 assert cosine(maps, displayed).min() >= moments.cosine(radius)
-                shrunk = np.linalg.norm((maps - displayed) @ shrink, axis=1).max()
-                assert shrunk <= moments.deflated_distance(radius)
-                nearest = max(nearest, shrunk / moments.deflated_distance(radius))
                 for k, costs in cost.items():
                     least = overlaps(maps, displayed, k).min()
                     certified = costs.overlap(moments.distance(radius))
                     assert least >= certified
                     shares.append(certified / k)
-                    certified = deflated[k].overlap(moments.deflated_distance(radius))
-                    assert least >= certified
-                    shrunk_shares.append(certified / k)
+            if deflation is None:
+                continue
+            deflated = DeflatedCost(torch.from_numpy(displayed), 5, deflation, moments.error)
+            shrink = shrinking(deflation)
+            for radius, maps in moved.items():
+                shrunk = np.linalg.norm((maps - displayed) @ shrink, axis=1).max()
+                assert shrunk <= moments.deflated_distance(radius)
+                nearest = max(nearest, shrunk / moments.deflated_distance(radius))
+                certified = deflated.overlap(moments.deflated_distance(radius))
+                assert overlaps(maps, displayed, 5).min() >= certified
+                shrunk_shares.append(certified / 5)
     assert min(closest, nearest) > 0.6
+    assert len(shrunk_shares) > 300 * len(RADII)
     assert np.mean(shrunk_shares) > 0.1
     assert np.mean(shares) > 0.1
 
@@ -213,7 +217,7 @@ def truth(name: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_coverage_of_the_events(name: str, blocks: int) -> None:
-    """1,000 runs at a generous alpha: e_q, lambda_u, that of a shrunk map, F_u each fail as often as they may at most."""
+    """1,000 runs at a generous alpha: e_q, lambda_u, that of shrunk maps and F_u fail no more often than they may."""
     weights, patterns, k_tau = mixture(name)
     mean, covariance = truth(name)
     true_spectral, true_frobenius = np.linalg.eigvalsh(covariance)[-1], np.linalg.norm(covariance)
@@ -284,7 +288,8 @@ def test_whole_evaluation_covers(name: str) -> None:
             certified = max(certified, costs.overlap(moments.deflated_distance(0.0)))
         failures += wrong or overlaps(mean[None], levels.mean(0), 10)[0] < certified
     assert failures <= 500
-    assert found > (0 if name == "missed" else 900)
+    # Two patterns vary along one direction only: nothing is left below it.
+    assert found > 900 or name in ("rank-one", "missed")
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -498,7 +503,7 @@ def test_no_map_changes_more_elements_than_its_deflated_distance_allows(seed: in
                 for row, (a, b) in zip(rows, pairs, strict=True):
                     row[a], row[b] = -1, 1
                 gaps = np.array([mean[a] - mean[b] for a, b in pairs])
-                # With y = W d: min |y|^2 s.t. rows W^-1 y >= gaps; Lawson and Hanson reduce it to nonnegative least squares.
+                # With y = W d: min |y|^2, rows W^-1 y >= gaps; Lawson and Hanson make it nonnegative least squares.
                 stacked = np.vstack(((rows @ inverse).T, gaps[None]))
                 unit = np.zeros(n + 1)
                 unit[-1] = 1

@@ -50,7 +50,7 @@ class Certificate:
         samples: int64 [B].
         invalid: int32 [B], samples with NaN or infinite scores; they count as the map 0 and vote for no class.
         class_counts: int32 [B, classes], votes of the samples; None if they were not kept.
-        gram_summary: float64 [B, 18], what T7 needs of the retained samples (`moments`); None without second moments.
+        gram_summary: float64 [B, 16], what T7 needs of the retained samples (`moments`); None without second moments.
         directions: int8 [B, 2, n], the directions of the map that vary most, from the first of these samples
             (`deflation`); None without second moments.
         packed: uint8 [B, m, row_bytes], the packed levels of the retained samples (`keep_samples=True`; rows that an

@@ -85,8 +85,8 @@ def _check_deflation(
     summary: torch.Tensor, directions: torch.Tensor | None, settings: Settings, samples: torch.Tensor
 ) -> None:
     squares = summary[:, -1 - DIRECTIONS : -1]
-    if (squares > 1).any() or ((squares > 0).any(1) != (squares > 0).all(1)).any():
-        raise ValueError("gram_summary must have all squares of a deflation in (0, 1], or none")
+    if (squares >= 1).any() or ((squares > 0).any(1) != (squares > 0).all(1)).any():
+        raise ValueError("gram_summary must have all squares of a deflation in (0, 1), or none")
     if (squares > 0).any() and directions is None:
         raise ValueError("gram_summary has a deflation, which takes its directions")
     for image, row in enumerate(summary if directions is not None else ()):

@@ -21,6 +21,7 @@ DIRECTIONS = 2
 """Directions that are shrunk. The search over them grows exponentially with their number (`least_moves`)."""
 
 _LARGEST = 127
+_MOST = 0.95  # of w_j^2: where it is 1 there is nothing to shrink
 _FEWEST_PILOTS = 8
 
 
@@ -31,7 +32,7 @@ def pilot_rows(planned: int, block: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Deflation:
-    """The norm ||W d||: directions int8 ``[2, n]``, linearly independent, and the squares w_j^2 in (0, 1]."""
+    """The norm ||W d||: directions int8 ``[2, n]``, linearly independent, and the squares w_j^2 in (0, 1)."""
 
     directions: Tensor
     squares: tuple[float, ...]
@@ -46,6 +47,8 @@ class Deflation:
         if len(rows) < _FEWEST_PILOTS:
             return None
         centred = centre(gram.to(torch.float64)).numpy()
+        if not centred.diagonal().max() > 0.5 / len(rows):
+            return None
         start = np.random.default_rng(0).standard_normal(len(rows))
         values, vectors = eigsh(centred, k=DIRECTIONS + 1, which="LA", v0=start, tol=1e-8)
         order = np.argsort(-values)
@@ -54,7 +57,10 @@ class Deflation:
             return None
         exact = _combined(torch.from_numpy(vectors - vectors.mean(0)).T.to(torch.float32), rows, num_levels)[:, :n]
         largest = exact.gather(1, exact.abs().argmax(1, keepdim=True))
-        found = cls((exact * (_LARGEST / largest)).round().to(torch.int8), tuple(map(float, values[-1] / values[:-1])))
+        found = cls(
+            (exact * (_LARGEST / largest)).round().to(torch.int8),
+            tuple(np.minimum(values[-1] / values[:-1], _MOST).tolist()),
+        )
         return found if found.independent else None
 
     @property

@@ -21,17 +21,16 @@ class DeflatedCost:
     """Lower bounds on cost_W(s): the least ||W d||^2 of all d such that p^ + d has a top-K that lacks s elements of S.
 
     S is the top-K of p^, ties to the lowest index. ``sizes``, ``costs``: int64 and float64 ``[<= 1024]``, neither
-    falling; the bound for s between two sizes is that of the smaller one. With a = the coordinates of d along v_1, v_2,
-    and cost(s; .) that of T7, with S as the set that leaves,
+    falling; the bound for s between two sizes is that of the smaller one. With u_j = sqrt(1 - w_j^2) v_j,
 
-        cost_W(s) >= min over a of  sum_j w_j^2 a_j^2 + cost(s; p^ + sum_j a_j v_j),
+        ||W d||^2 = min over c of  sum_j w_j^2 c_j^2 + ||d - sum_j c_j u_j||^2,
 
-    and for all a of a square of centre b and half-width h
+    a quadratic function of c whose second derivative is 2 I, so that, cost(s; .) being that of T7 with S as the set
+    that leaves, all d whose minimum lies in a square of centre c and half-width h have
 
-        cost(s; p^ + sum_j a_j v_j) >= cost(s; p^ + sum_j b_j v_j) - sum_j (a_j - b_j)^2
+        ||W d||^2 >= cost(s; p^ + sum_j c_j u_j) + sum_j (w_j^2 c_j^2 - h^2).
 
-    for d that lie across the plane (docs/certificates.md), so that w_j^2 a_j^2 - (a_j - b_j)^2 is smallest at a corner
-    of the square, the one towards 0. Squares are quartered until the bound is tight.
+    Squares are quartered until the bound is tight.
     """
 
     def __init__(self, mean: Tensor, k: int, deflation: Deflation, least: float = 0.0) -> None:
@@ -45,8 +44,9 @@ class DeflatedCost:
         displayed = mean.numpy()
         inside = np.zeros(len(mean), dtype=bool)
         inside[np.argsort(-displayed, kind="stable")[:k]] = True
-        self._parts = [(displayed[part].copy(), deflation.basis[:, part].copy()) for part in (inside, ~inside)]
         self._squares = np.array(deflation.squares)
+        moves = deflation.basis * np.sqrt(1 - self._squares)[:, None]
+        self._parts = [(displayed[part], moves[:, part]) for part in (inside, ~inside)]
         self.costs = self._search(least)
 
     def overlap(self, distance: float) -> int:
@@ -65,9 +65,10 @@ class DeflatedCost:
     def _search(self, least: float) -> np.ndarray:
         rank = len(self._squares)
         attained = self._cost(np.zeros(rank))
-        # Beyond this square sum_j w_j^2 a_j^2 alone exceeds every cost.
-        cells = [(np.zeros(rank), math.sqrt(attained[-1] / self._squares.min()))]
-        bounds = np.maximum(attained + self._corner(*cells[0]), 0.0)[None]
+        # Outside of this square the coordinates v_j . d = c_j / sqrt(1 - w_j^2) alone make ||W d||^2 exceed all costs.
+        reach = np.sqrt(attained[-1] * (1 - self._squares) / self._squares)
+        cells = [(np.zeros(rank), float(reach.max()))]
+        bounds = np.maximum(attained - rank * cells[0][1] ** 2, 0.0)[None]
         evaluations = 1
         while True:
             lowest = bounds.min(0)
@@ -77,29 +78,24 @@ class DeflatedCost:
             ratio = np.where(wanted, lowest / np.where(wanted, attained, 1.0), math.inf)
             split = int(bounds[:, int(ratio.argmin())].argmin())
             (middle, half), parent = cells.pop(split), bounds[split]
-            rest = [np.delete(bounds, split, axis=0)]
-            for signs in itertools.product((-0.5, 0.5), repeat=rank):
-                centre, quarter = middle + half * np.array(signs), half / 2
-                nearest = float((self._squares * np.maximum(np.abs(centre) - quarter, 0.0) ** 2).sum())
-                if nearest > attained[-1]:
+            kept = [np.delete(bounds, split, axis=0)]
+            half /= 2
+            for signs in itertools.product((-1, 1), repeat=rank):
+                centre = middle + half * np.array(signs)
+                outside = np.maximum(np.abs(centre) - half, 0.0) ** 2 / (1 - self._squares)
+                if (nearest := float(self._squares @ outside)) > attained[-1]:
                     continue
-                cost = self._cost(centre)
+                cost = self._cost(centre) + self._squares @ centre**2
                 evaluations += 1
-                attained = np.minimum(attained, cost + (self._squares * centre**2).sum())
-                cells.append((centre, quarter))
-                rest.append(
-                    np.maximum.reduce([cost + self._corner(centre, quarter), np.full_like(cost, nearest), parent])[None]
-                )
-            bounds = np.concatenate(rest)
+                attained = np.minimum(attained, cost)
+                cells.append((centre, half))
+                kept.append(np.maximum(np.maximum(cost - rank * half**2, nearest), parent)[None])
+            bounds = np.concatenate(kept)
 
-    def _corner(self, centre: np.ndarray, half: float) -> float:
-        """The least of sum_j w_j^2 a_j^2 - (a_j - centre_j)^2 on the square: concave, so at a corner."""
-        return float((self._squares * (np.abs(centre) - half) ** 2 - half**2).sum())
-
-    def _cost(self, a: np.ndarray) -> np.ndarray:
-        """cost(s; p^ + sum_j a_j v_j) for all sizes, the displayed set staying what it is."""
+    def _cost(self, c: np.ndarray) -> np.ndarray:
+        """cost(s; p^ + sum_j c_j u_j) for all sizes, the displayed set staying what it is."""
         (leaving, along), (entering, across) = self._parts
-        leaving, entering = leaving + a @ along, -(entering + a @ across)
+        leaving, entering = leaving + c @ along, -(entering + c @ across)
         entering = np.partition(entering, self.k - 1)[: self.k]
         return least_costs(np.sort(leaving), np.sort(entering), self.sizes)
 

@@ -82,7 +82,7 @@ class Summary:
         return (self.deflated.rows, self.deflated.blocks) == (sum(sizes), blocks) and self.deflated.fewest == min(sizes)
 
     def with_block(self, rows: torch.Tensor, invalid: int, products: torch.Tensor | None = None) -> Summary:
-        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite. products: of `packed_gram`.
+        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite; products: their Gram matrix.
 
         Fewer than 4 rows, from which nothing follows, change nothing.
         """
