@@ -164,7 +164,7 @@ def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate |
         raise ValueError(
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
-    moving = ("intervals", "batch_size", "folded", "versions", "backends")
+    moving = ("intervals", "batch_size", "memory_format", "folded", "versions", "backends")
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
     if differ:
@@ -197,6 +197,7 @@ def certify(
     retain: int = 2048,
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
+    memory_format: str | None = None,
     on_nonfinite: str = "raise",
     checkpoint: str | os.PathLike | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -225,6 +226,8 @@ def certify(
             as many, for T7: 4 to 8192, taken from the first. Memory is constant in ``samples``.
         stop: end an image's sampling early, once this is certified; takes bound="betting".
         batch_size: rows per forward pass, or "auto" for a short measured trial.
+        memory_format: "contiguous" or "channels_last", in which the model gets its batches; None: by the same trial,
+            contiguous where batch_size is a number. Models round differently in each: the certificate records it.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
             that also counts as 1 in every upper bound ("abstain").
         checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
@@ -295,11 +298,14 @@ def certify(
         )
     resumed = None if path is None else _resumable(path, settings, first_sample)
     classes = sampler.prepare()
-    state = State(dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device)
-    if resumed is None or path is None:
-        sampler.set_batch_size(batch_size, samples * x.shape[0])
+    if resumed is None:
+        sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format)
     else:
+        then = resumed.settings
+        sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
+    settings = dataclasses.replace(settings, folded=sampler.folded, memory_format=sampler.memory_format)
+    state = State(settings, x.shape[0], classes, x.device)
+    if resumed is not None and path is not None:
         state.restore(path)
-        sampler.set_batch_size(resumed.settings.batch_size or batch_size, samples)
     report = _print_progress if progress is True else progress or None
     return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

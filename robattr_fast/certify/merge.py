@@ -68,6 +68,7 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,
         device=" + ".join(sorted(devices)) or None,
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
+        memory_format=first.memory_format if first.memory_format == second.memory_format else None,
         folded=first.folded if first.folded == second.folded else None,
         backends=_joined(first.backends, second.backends),
         versions=_joined(first.versions, second.versions),

@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from robattr_fast import images, models
+from robattr_fast import images, models, tune_allocator
 from robattr_fast.certify import Certificate, files
 from robattr_fast.certify import certify as certify_images
 from robattr_fast.cli.errors import EXPECTED, bad_input_exits, one_line, report
@@ -87,6 +87,10 @@ def certify(
     batch_size: Annotated[
         str, typer.Option(help="Rows per forward pass, or auto: the fastest by a short trial.")
     ] = "auto",
+    memory_format: Annotated[
+        str | None,
+        typer.Option(help="contiguous or channels_last; default: by the same trial.", show_default=False),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
     ] = None,
@@ -110,6 +114,7 @@ def certify(
         stop_rule(settings, n=2)
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
+        tune_allocator()  # elsewhere than on glibc there is nothing to tune
         place = checked_device(device)
         sources = images.find(paths)
         _make_writable(out)
@@ -136,7 +141,7 @@ def _run(
     """All images, one after the other; whether Ctrl-C ended it."""
     module = model.module.to(results.device)
     model_fingerprint = fingerprint(module)
-    batch_sizes: dict[torch.Size, int | str] = {}
+    chosen: dict[torch.Size, dict[str, Any]] = {}
     with SampleProgress(Console(stderr=True), len(sources)) as progress:
         for index, source in enumerate(sources):
             try:
@@ -144,14 +149,14 @@ def _run(
                 show = progress.image(
                     index, source.name, settings["samples"], k_share=settings["k"], radius=results.radii[0]
                 )
-                wanted = batch_sizes.get(x.shape, settings["batch_size"])
+                batches = chosen.get(x.shape, {name: settings[name] for name in ("batch_size", "memory_format")})
                 start = time.perf_counter()
                 cert, interrupted = earlier.finished(source, x, model_fingerprint, settings, results.device), False
                 drawn = cert is not None and earlier.drawn(source, settings)
                 spent = 0.0
                 if cert is None:
                     cert, interrupted = _sample(
-                        module, x, {**settings, "batch_size": wanted}, results.device, show, earlier.checkpoint(source)
+                        module, x, settings | batches, results.device, show, earlier.checkpoint(source)
                     )
                     spent = time.perf_counter() - start
                 seconds = spent + earlier.seconds(source, cert)
@@ -160,7 +165,8 @@ def _run(
                     earlier.checkpoint(source).unlink(missing_ok=True)
                 if interrupted:
                     return True
-                batch_sizes[x.shape] = cert.settings.batch_size or wanted
+                if cert.settings.batch_size is not None:
+                    chosen[x.shape] = {name: getattr(cert.settings, name) for name in batches}
             except _IMAGE_FAILURES as error:
                 _fail(results, source, error)
             except EXPECTED as error:
@@ -186,6 +192,7 @@ def _sample(
             x[None].to(device),
             image_ids=[images.image_id(x)],
             batch_size=settings["batch_size"],
+            memory_format=settings["memory_format"],
             stop=stop_rule(settings, x[0].numel() if settings["channel_sum"] else x.numel()),
             checkpoint=checkpoint,
             progress=progress,
