@@ -1,6 +1,7 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
 from robattr_fast import backends, reference
+from robattr_fast.allocator import tune_allocator
 from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
 from robattr_fast.errors import (
     BackendError,
@@ -36,4 +37,5 @@ __all__ = [
     "sparsify",
     "suggest",
     "topk_threshold",
+    "tune_allocator",
 ]

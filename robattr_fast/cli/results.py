@@ -161,6 +161,7 @@ class Results:
                     "image_id": row.image_id,
                     "input_hash": (row.cert.settings.input_hashes or (None,))[0],
                     "batch_size": row.cert.settings.batch_size,
+                    "memory_format": row.cert.settings.memory_format,
                     "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
                     "seconds": round(row.seconds, 3),
                 }
