@@ -56,8 +56,8 @@ class Settings:
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         model_fingerprint, input_hashes: of the model, and of each image.
         device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
-            taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last" (None: contiguous, before there was a choice), whether
-            BatchNorm was folded, backends per operator.
+            taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
+            (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
 
     Raises:
         ValueError: a value outside its range.

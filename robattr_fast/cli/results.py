@@ -53,6 +53,8 @@ class Row:
     k: int
     overlaps: Overlap  # at the R radii of the run, [R, 1]
     seconds: float
+    index: int = 0
+    """Its place in the run."""
 
     @property
     def shares(self) -> list[float]:
@@ -123,6 +125,7 @@ class Results:
     def add(self, row: Row) -> None:
         self.earlier.pop(row.name, None)
         self.rows.append(row)
+        self.rows.sort(key=lambda one: one.index)
         self._write()
 
     def fail(self, name: str, source: Path, error: str) -> None:

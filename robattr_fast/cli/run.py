@@ -177,6 +177,7 @@ def _written(
         k=k,
         overlaps=cert.overlap(k, results.radii),
         seconds=seconds,
+        index=image.index,
     )
     if drawn:
         return row
