@@ -11,7 +11,15 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.ops import (
+    betting_bounds,
+    count_sparsified_,
+    linear_attention,
+    noisy_samples,
+    packed_gram,
+    sparsify,
+    topk_threshold,
+)
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "betting_bounds",
     "certify",
     "count_sparsified_",
+    "linear_attention",
     "noisy_samples",
     "overlap",
     "packed_gram",
