@@ -10,7 +10,7 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, soft_topk, sparsify, topk_threshold
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "packed_gram",
     "reference",
     "smoothgrad",
+    "soft_topk",
     "sparsify",
     "suggest",
     "topk_threshold",
