@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
   m.impl("noisy_samples", TORCH_BOX(&robattr_fast::noisy_samples));
   m.impl("packed_gram", TORCH_BOX(&robattr_fast::packed_gram));
   m.impl("topk_threshold", TORCH_BOX(&robattr_fast::topk_threshold));
+  m.impl("soft_topk", TORCH_BOX(&robattr_fast::soft_topk));
   m.impl("sparsify", TORCH_BOX(&robattr_fast::sparsify));
   m.impl("count_sparsified_", TORCH_BOX(&robattr_fast::count_sparsified_));
 }

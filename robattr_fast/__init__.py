@@ -17,6 +17,7 @@ from robattr_fast.ops import (
     linear_attention,
     noisy_samples,
     packed_gram,
+    soft_topk,
     sparsify,
     topk_threshold,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "packed_gram",
     "reference",
     "smoothgrad",
+    "soft_topk",
     "sparsify",
     "suggest",
     "topk_threshold",

@@ -44,6 +44,16 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class SamplingProgress:
+    """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``."""
+
+    image: int
+    images: int
+    samples: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Scored:
     """Scores and logits of one segment; the tensors are valid until the next batch."""
 
@@ -61,6 +71,9 @@ def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, ba
             segments.append(Segment(image, first_sample + have, count))
             room -= count
     return segments
+
+
+Work = Callable[[Sequence[Segment], torch.Tensor, "torch.Tensor | None"], _T]
 
 
 class Sampler:
@@ -229,12 +242,21 @@ class Sampler:
         return None
 
     def run(self, segments: Sequence[Segment]) -> list[Scored]:
-        """Score one batch of at most ``batch_size`` rows.
+        """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`)."""
+        return self.apply(segments, self._score)
 
-        Where memory ends, the batch size is halved from here on, and of the segments only as many rows are scored as
-        one such batch holds.
+    def apply(self, segments: Sequence[Segment], work: Work[_T]) -> _T:
+        """``work`` on one batch: the segments, their noisy rows [batch_size, *S] and the targets of these.
+
+        The rows past those of the segments fill the batch up. Where memory ends, the batch size is halved from here on,
+        and the segments are cut to as many rows as one such batch holds.
         """
-        return self._sparing(lambda: self._run(_first_rows(segments, self.batch_size), self.batch_size))
+
+        def attempt() -> _T:
+            first = _first_rows(segments, self.batch_size)
+            return work(first, *self._noisy_rows(first, self.batch_size))
+
+        return self._sparing(attempt)
 
     def _sparing(self, work: Callable[[], _T]) -> _T:
         """``work()``, again with half the batch size as long as memory ends; ModelError if it cannot be halved."""
@@ -273,13 +295,21 @@ class Sampler:
             row += segment.count
 
     def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+        return self._score(segments, *self._noisy_rows(segments, batch_size))
+
+    def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
         last = segments[-1]
         surplus = batch_size - sum(segment.count for segment in segments)
         padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
         self._fill(padded, batch_size)
         images = [segment.image for segment in padded for _ in range(segment.count)]
-        target = None if self.target is None else self.target[images]
-        scores, logits = _model.scores(self.model, self._buffer, target, self.explain)
+        return self._buffer, None if self.target is None else self.target[images]
+
+    def _score(
+        self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None
+    ) -> list[Scored]:
+        scores, logits = _model.scores(self.model, batch, target, self.explain)
         row = 0
         scored = []
         for segment in segments:

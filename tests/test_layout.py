@@ -20,6 +20,7 @@ LAYERS = [
     {"model"},
     {"folding"},
     {"sampling"},
+    {"differentiable"},
     {"smoothgrad", "nn"},
     {"certify", "attacks", "training", "curvature"},
     {"images"},

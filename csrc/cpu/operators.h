@@ -53,6 +53,9 @@ void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> ma
 // out [rows], float or double, contiguous; scores [rows, n] of any strides.
 void topk_threshold(Tensor out, Tensor scores, int64_t k);
 
+// out [rows, n] and pivot [rows], float or double, offset [rows], double, contiguous; scores [rows, n] of any strides.
+void soft_topk(Tensor out, Tensor pivot, Tensor offset, Tensor scores, int64_t k, double temperature);
+
 // out [rows, n], float or double, contiguous; scores [rows, n] of any strides. levels = 0: not rounded.
 void sparsify(Tensor out, Tensor scores, int64_t k_tau, int64_t k_gamma, int64_t levels);
 

@@ -5,6 +5,7 @@ from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.linear_attention import linear_attention
 from robattr_fast.ops.noisy_samples import noisy_samples
 from robattr_fast.ops.packed_gram import packed_gram
+from robattr_fast.ops.soft_topk import soft_topk
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.ops.topk_threshold import topk_threshold
 
@@ -14,6 +15,7 @@ __all__ = [
     "linear_attention",
     "noisy_samples",
     "packed_gram",
+    "soft_topk",
     "sparsify",
     "topk_threshold",
 ]

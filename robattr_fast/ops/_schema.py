@@ -15,6 +15,7 @@ _PUBLIC = (
     "packed_gram(Tensor rows, int num_levels, Tensor? other, Tensor? mask) -> Tensor",
     "topk_threshold(Tensor scores, SymInt k) -> Tensor",
     "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",
+    "soft_topk(Tensor scores, SymInt k, float temperature) -> (Tensor, Tensor, Tensor)",
     "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma, Tensor(b!)? packed) -> Tensor",
     "betting_bounds(Tensor counts, Tensor samples, float delta) -> (Tensor, Tensor)",
     "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, "
@@ -35,6 +36,7 @@ _KERNELS = (
     "packed_gram(Tensor(a!) out, Tensor rows, Tensor other, Tensor? mask, int num_levels, bool symmetric) -> ()",
     "topk_threshold(Tensor(a!) out, Tensor scores, int k) -> ()",
     "sparsify(Tensor(a!) out, Tensor scores, int k_tau, int k_gamma, int levels) -> ()",
+    "soft_topk(Tensor(a!) out, Tensor(b!) pivot, Tensor(c!) offset, Tensor scores, int k, float temperature) -> ()",
     "count_sparsified_(Tensor(a!) counts, Tensor(b!) invalid, Tensor(c!)? packed, Tensor scores, int k_tau, "
     "int k_gamma) -> bool",
     "betting_bounds(Tensor(a!) lower, Tensor(b!) upper, Tensor counts, Tensor samples, Tensor shares, "

@@ -6,6 +6,7 @@ from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.linear_attention import linear_attention
 from robattr_fast.reference.noisy_samples import noisy_samples
 from robattr_fast.reference.packed_gram import packed_gram
+from robattr_fast.reference.soft_topk import soft_topk
 from robattr_fast.reference.sparsify import sparsify
 from robattr_fast.reference.topk_threshold import topk_threshold
 
@@ -16,6 +17,7 @@ __all__ = [
     "noisy_samples",
     "pack_levels",
     "packed_gram",
+    "soft_topk",
     "sparsify",
     "topk_threshold",
     "unpack_levels",
