@@ -59,6 +59,14 @@ def _run_cpu(scores, out, tau, gamma, levels):
     )
 
 
+def _run_triton(scores, out, tau, gamma, levels):
+    from robattr_fast.kernels.sparsify import sparsify as launch
+
+    n = scores.shape[-1]
+    launch(scores, out, selected(tau, n), selected(gamma, n), levels)
+
+
+backends.register("sparsify", "triton", _run_triton, _extension.can_run_triton)
 backends.register("sparsify", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("sparsify", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("sparsify", _run, "CPU")
