@@ -15,64 +15,63 @@ _BINS = tl.constexpr(256)
 _PART = 2048
 
 
-@triton.jit
-def _constants(WIDE: tl.constexpr):
-    """Keys of the smallest unsigned type: one, of +0 (the sign bit), of +inf, of -inf, of NaN."""
-    if WIDE:
-        zero = tl.full((), 0x8000000000000000, tl.uint64)
-        infinity = tl.full((), 0xFFF0000000000000, tl.uint64)
-        nan = tl.full((), 0xFFFFFFFFFFFFFFFF, tl.uint64)
-    else:
-        zero = tl.full((), 0x80000000, tl.uint32)
-        infinity = tl.full((), 0xFF800000, tl.uint32)
-        nan = tl.full((), 0xFFFFFFFF, tl.uint32)
-    return zero, infinity, nan
+@triton.constexpr_function
+def _zero(wide):
+    """The key of 0, which is also the sign bit."""
+    return 1 << 63 if wide else 1 << 31
+
+
+@triton.constexpr_function
+def _infinity(wide):
+    return 0xFFF << 52 if wide else 0x1FF << 23
+
+
+@triton.constexpr_function
+def _ones(wide):
+    """The key of NaN."""
+    return (1 << 64) - 1 if wide else (1 << 32) - 1
 
 
 @triton.jit
 def ordered_key(x, WIDE: tl.constexpr):
     """Floats -> uint32, or uint64 where WIDE, of the same order. No key is 0."""
-    zero, infinity, nan = _constants(WIDE)
     bits = x.to(tl.float64).to(tl.uint64, bitcast=True) if WIDE else x.to(tl.float32).to(tl.uint32, bitcast=True)
-    key = tl.where(bits >= zero, bits ^ nan, bits | zero)
-    key = tl.where((bits & (zero ^ nan)) == 0, zero, key)
-    return tl.where((bits | zero) > infinity, nan, key)
+    key = tl.where(bits >= _zero(WIDE), bits ^ _ones(WIDE), bits | _zero(WIDE))
+    key = tl.where((bits | _zero(WIDE)) == _zero(WIDE), _zero(WIDE), key)
+    return tl.where((bits | _zero(WIDE)) > _infinity(WIDE), _ones(WIDE), key)
 
 
 @triton.jit
 def from_key(key, WIDE: tl.constexpr):
     """The float of a key: float64 where WIDE, else float32."""
-    zero, infinity, nan = _constants(WIDE)
-    bits = tl.where(key >= zero, key ^ zero, key ^ nan)
+    bits = tl.where(key >= _zero(WIDE), key ^ _zero(WIDE), key ^ _ones(WIDE))
     return bits.to(tl.float64, bitcast=True) if WIDE else bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _is_finite(key, WIDE: tl.constexpr):
-    zero, infinity, nan = _constants(WIDE)
-    return (key < infinity) & (key > (infinity ^ nan))
+    return (key < _infinity(WIDE)) & (key > (_infinity(WIDE) ^ _ones(WIDE)))
 
 
 @triton.jit
 def _kth_largest(keys, k, WIDE: tl.constexpr):
     """The k-th largest of keys. Bits are set from the top while k keys remain at or above; k left alone end it early."""
-    zero, infinity, nan = _constants(WIDE)
-    bit = zero
-    bound = zero ^ zero
+    bit = tl.full((), _zero(WIDE), keys.dtype)
+    bound = tl.full((), 0, keys.dtype)
     while bit != 0:
         above = tl.sum((keys >= (bound | bit)).to(tl.int32), axis=0)
         bound = tl.where(above >= k, bound | bit, bound)
-        bit = tl.where(above == k, zero ^ zero, bit >> 1)
-    return tl.min(tl.where(keys >= bound, keys, nan), axis=0)
+        bit = tl.where(above == k, 0, bit >> 1)
+    return tl.min(tl.where(keys >= bound, keys, _ones(WIDE)), axis=0)
 
 
 @triton.jit
 def _store_support(least, g, key_tau, fits, key_gamma, valid, WIDE: tl.constexpr):
     """The support is every score >= least. Ties at the threshold that do not all fit lie just below it."""
-    zero, infinity, nan = _constants(WIDE)
-    smallest = tl.maximum(tl.where(fits, key_tau, key_tau + 1), zero + 1)
-    tl.store(least, from_key(tl.where(valid, smallest, nan), WIDE))
-    tl.store(g, from_key(tl.maximum(key_gamma, zero), WIDE))
+    smallest = tl.where(fits, key_tau, key_tau + 1)
+    smallest = tl.where(smallest > _zero(WIDE), smallest, _zero(WIDE) + 1)
+    tl.store(least, from_key(tl.where(valid, smallest, _ones(WIDE)), WIDE))
+    tl.store(g, from_key(tl.where(key_gamma > _zero(WIDE), key_gamma, _zero(WIDE)), WIDE))
 
 
 @triton.jit(do_not_specialize=["n", "k_tau", "k_gamma"])
@@ -109,9 +108,8 @@ def select_in_one_block(
 @triton.jit
 def _leading_digits(histograms, k, passes, WIDE: tl.constexpr):
     """The first ``passes`` digits of the k-th largest key, and its rank among the keys that share them."""
-    zero, infinity, nan = _constants(WIDE)
     digits = tl.arange(0, _BINS)
-    prefix = zero ^ zero
+    prefix = tl.full((), 0, tl.uint64 if WIDE else tl.uint32)
     for p in range(passes):
         count = tl.load(histograms + p * _BINS + digits)
         at_least = tl.cumsum(count, axis=0, reverse=True)
