@@ -80,6 +80,7 @@ def _fake(scores, tau, gamma, levels):
 
 def _setup_context(ctx, inputs, output):
     scores, _, ctx.gamma, ctx.levels = inputs
+    ctx.preference = backends.preference()
     ctx.save_for_backward(scores, output)
 
 
@@ -90,7 +91,8 @@ def _backward(ctx, grad):
     s = comparable(scores)
     # On the support h < 1 exactly where s < g.
     active = (h > 0) & (h < 1)
-    g = torch.ops.robattr_fast.topk_threshold(s.detach(), selected(ctx.gamma, s.shape[-1]))
+    with backends.preferring(ctx.preference):
+        g = torch.ops.robattr_fast.topk_threshold(s.detach(), selected(ctx.gamma, s.shape[-1]))
     index = lowest_index(s.detach(), g)
     g = s.gather(-1, index)
     through_s = torch.where(active, grad, 0.0) / torch.where(g > 0, g, 1.0)
