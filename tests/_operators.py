@@ -44,7 +44,9 @@ def examples(count: int):
     """The same ``count`` examples in every run, an eighth of them under the interpreter."""
     # The backend fixture is set once for all examples, which is what is meant.
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=count // 8 if INTERPRETED else count, derandomize=True, deadline=None, suppress_health_check=checks)
+    return settings(
+        max_examples=count // 8 if INTERPRETED else count, derandomize=True, deadline=None, suppress_health_check=checks
+    )
 
 
 def _with_specials(row, rng, values):

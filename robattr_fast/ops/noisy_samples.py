@@ -102,9 +102,7 @@ def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dt
     elif not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
         raise ValueError(f"image_ids: got {image_ids.tolist()}, takes integers in [0, 2^32)")
     if sample_offset is not None and sample_offset.device.type == "cpu":
-        _check.integer(
-            "first_sample + sample_offset", first_sample + int(sample_offset), 0, _INDEX_END - num_samples
-        )
+        _check.integer("first_sample + sample_offset", first_sample + int(sample_offset), 0, _INDEX_END - num_samples)
     out = _empty_result(x, num_samples, dtype, channels_last)
     fill(
         out,
