@@ -20,6 +20,7 @@ from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
+from robattr_fast.certify.merge import joined
 from robattr_fast.certify.settings import NONFINITE, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
@@ -195,6 +196,7 @@ def certify(
     slack: int | None = None,
     second_moment: bool = True,
     retain: int = 2048,
+    keep_samples: bool = False,
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
     on_nonfinite: str = "raise",
@@ -223,6 +225,8 @@ def certify(
             cosines. levels=None has none.
         retain: samples of each image whose maps are kept (one bit per element at levels=1, else four) until there are
             as many, for T7: 4 to 8192, taken from the first. Memory is constant in ``samples``.
+        keep_samples: the certificate holds these maps themselves (`Certificate.packed`), so that anyone can compute the
+            second moments again.
         stop: end an image's sampling early, once this is certified; takes bound="betting".
         batch_size: rows per forward pass, or "auto" for a short measured trial.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
@@ -258,6 +262,10 @@ def certify(
         raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
     _check.integer("retain", retain, 4, 8192)
     second_moment = second_moment and levels is not None
+    if keep_samples and not second_moment:
+        raise ValueError(
+            "keep_samples: got True without second moments, which alone need samples (second_moment, levels)"
+        )
     classes_wanted = check_target(target, x)
     ids = check_image_ids(image_ids, x)
     private = _model.private_copy(model)
@@ -294,8 +302,17 @@ def certify(
             "function of a module with a checkpoint"
         )
     resumed = None if path is None else _resumable(path, settings, first_sample)
+    if resumed is not None:
+        earlier = resumed.settings
+        settings = dataclasses.replace(
+            settings,
+            versions=joined(earlier.versions, settings.versions),
+            backends=joined(earlier.backends, settings.backends),
+        )
     classes = sampler.prepare()
-    state = State(dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device)
+    state = State(
+        dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device, keep_samples=keep_samples
+    )
     if resumed is None or path is None:
         sampler.set_batch_size(batch_size, samples * x.shape[0])
     else:

@@ -204,6 +204,8 @@ class Results:
             f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
             f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
         )
+        for reason in dict.fromkeys(row.cert.reason for row in self.rows if row.cert.reason):
+            note += f" {reason[0].upper()}{reason[1:]}."
         if any("second-moment" in row.methods for row in self.rows):
             note += f" {_STAR} by second moments, the others element by element."
         if any(any(row.cosines(self.radii)) for row in self.rows):
