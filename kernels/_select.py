@@ -55,7 +55,7 @@ def _is_finite(key, WIDE: tl.constexpr):
 
 @triton.jit
 def _kth_largest(keys, k, WIDE: tl.constexpr):
-    """The k-th largest of keys. Bits are set from the top while k keys remain at or above; k left alone end it early."""
+    """The k-th largest of keys. Bits are set from the top while k keys stay at or above; exactly k end it early."""
     bit = tl.full((), _zero(WIDE), keys.dtype)
     bound = tl.full((), 0, keys.dtype)
     while bit != 0:

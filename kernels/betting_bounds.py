@@ -1,7 +1,7 @@
 """Betting bounds of level counts; definition and derivation: robattr_fast/reference/betting_bounds.py.
 
-A program finds the lower bounds of BLOCK rows; a warp's lanes are the shares of one row. Newton's steps and the bound on
-rounding are those of the reference, so that a result never lies above the exact root.
+A program finds the lower bounds of BLOCK rows; a warp's lanes are the shares of one row. Newton's steps and the bound
+on rounding are those of the reference, so that a result never lies above the exact root.
 """
 
 import math
@@ -121,9 +121,10 @@ def _lower_bounds(counts: torch.Tensor, shares: torch.Tensor, target: float) -> 
 def betting_bounds(
     lower: torch.Tensor, upper: torch.Tensor, counts: torch.Tensor, shares: torch.Tensor, target: float
 ) -> None:
-    """Fill lower and upper, float64 [R]. counts: int64 [R, L + 1], level 0 first; shares: float64 [J]; target: ln 1/delta.
+    """Fill lower and upper, float64 [R], from counts int64 [R, L + 1], level 0 first; shares float64 [J].
 
-    0/1 samples have few different pairs of counts: bounds are found once per pair, and looked up.
+    0/1 samples have few different pairs of counts: bounds are found once per pair, and looked up. target is
+    ln(1/delta).
     """
     both = torch.cat([counts, counts.flip(1)])
     if counts.shape[1] == 2 and counts.numel():

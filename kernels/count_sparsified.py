@@ -1,7 +1,8 @@
 """How often each element takes each level; definition: robattr_fast/reference/count_sparsified.py.
 
-A program owns a block of elements of one image and goes through the samples: counts stay in registers and are added to
-memory once. Atomics (of integers: any order gives the same sums) join only where the samples are split to fill a device.
+A program owns a block of elements of one image and goes through the samples: counts stay in registers and are added
+to memory once. Atomics (of integers: any order gives the same sums) are used only where the samples, too, are split to
+fill a device.
 """
 
 import torch

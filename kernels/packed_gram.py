@@ -1,7 +1,7 @@
 """Integer inner products of packed rows; definition: robattr_fast/reference/packed_gram.py.
 
-The p-th elements of all bytes make a matrix of int8, and the inner product is the sum over p of such products: the order
-of elements is the same on both sides, so nothing is rearranged. Tensor cores multiply, int32 holds the sums of a span,
+The p-th elements of all bytes make a matrix of int8, and the inner product is the sum over p of products of such: both
+sides have the same order of elements, so nothing is rearranged. Tensor cores multiply, int32 holds the sums of a span,
 and spans are added up as int64 by atomics, in any order.
 """
 
@@ -31,9 +31,8 @@ def gram_tile(
     TILE: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    if SYMMETRIC:
-        if tl.program_id(1) > tl.program_id(0):
-            return
+    if SYMMETRIC and tl.program_id(1) > tl.program_id(0):
+        return
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     left = rows + i.to(tl.int64)[:, None] * row_bytes
@@ -59,7 +58,7 @@ def gram_tile(
 def packed_gram(
     out: torch.Tensor, rows: torch.Tensor, other: torch.Tensor | None, mask: torch.Tensor | None, num_levels: int
 ) -> None:
-    """Fill out int64 [m, m2] (contiguous) from rows uint8 [m, row_bytes], other uint8 [m2, row_bytes], mask [row_bytes]."""
+    """Fill out int64 [m, m2] (contiguous) from uint8 rows [m, row_bytes], other [m2, row_bytes], mask [row_bytes]."""
     rows = rows.contiguous()
     second = rows if other is None else other.contiguous()
     (m, row_bytes), m2 = rows.shape, second.shape[0]
