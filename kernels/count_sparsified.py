@@ -42,7 +42,6 @@ def count_levels(
     dtype: tl.constexpr = least.dtype.element_ty
     # Edge l of a row is g * fl(l / L). The padding has no samples above it.
     share = quotient(step.to(dtype), tl.full((PADDED,), LEVELS, dtype))
-    share = tl.where(step < LEVELS, share, float("inf"))
     reached = tl.zeros((PADDED, BLOCK), tl.int32)  # samples at level step + 1 or above
     for sample in range(first, min(first + samples_per_program, samples)):
         row = image * samples + sample

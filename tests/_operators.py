@@ -37,7 +37,7 @@ def backend(request):
 
 # A row of real size; under the interpreter, a thousand times slower, one that kernels treat like it.
 LONG_ROW = 17_000 if INTERPRETED else 150_528
-ROW = 100 if INTERPRETED else 1000
+ROW = 33 if INTERPRETED else 1000
 
 
 def examples(count: int):

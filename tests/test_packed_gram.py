@@ -6,7 +6,6 @@ import pytest
 import torch
 from _operators import INTERPRETED, LONG_ROW, backend
 
-import robattr_fast as rf
 from robattr_fast import _extension
 from robattr_fast.ops import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
