@@ -97,7 +97,7 @@ def test_backends_match_the_reference_over_dtypes(backend, dtype, out_dtype):
     images=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
     dtype=st.sampled_from(DTYPES),
 )
-@examples(10 if INTERPRETED else 100)
+@examples(100)
 def test_backends_match_the_reference(backend, n, samples, sigma, seed, first, images, dtype):
     x = torch.randn(len(images), n).to(dtype)
     arguments = {"seed": seed, "first_sample": first, "image_ids": torch.tensor(images)}
