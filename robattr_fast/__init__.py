@@ -10,7 +10,15 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.ops import (
+    betting_bounds,
+    count_sparsified_,
+    linear_attention,
+    noisy_samples,
+    packed_gram,
+    sparsify,
+    topk_threshold,
+)
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "betting_bounds",
     "certify",
     "count_sparsified_",
+    "linear_attention",
     "noisy_samples",
     "overlap",
     "packed_gram",
