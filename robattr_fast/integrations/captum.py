@@ -1,8 +1,8 @@
 """Captum: attribution classes that take noise from (seed, image, sample, element) and keep nothing of size q.
 
-    from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad
-    SmoothGrad(model).attribute(x, target=3, sigma=0.2, samples=64)
-    NoiseTunnel(captum.attr.Saliency(model)).attribute(x, nt_samples=64, stdevs=0.2, target=3)
+from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad
+SmoothGrad(model).attribute(x, target=3, sigma=0.2, samples=64)
+NoiseTunnel(captum.attr.Saliency(model)).attribute(x, nt_samples=64, stdevs=0.2, target=3)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """timm: attention that differentiates twice, under a name that vision transformers take as ``attn_layer``.
 
-    from robattr_fast.integrations import timm as robattr_timm
-    robattr_timm.register()
-    model = timm.create_model("vit_tiny_patch16_224", attn_layer="robattr_linear")
+from robattr_fast.integrations import timm as robattr_timm
+robattr_timm.register()
+model = timm.create_model("vit_tiny_patch16_224", attn_layer="robattr_linear")
 """
 
 from __future__ import annotations

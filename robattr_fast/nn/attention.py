@@ -245,9 +245,7 @@ class KernelSelfAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel={self.kernel!r}, normalize={self.normalize}"
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x [B, N, dim] -> [B, N, dim_out]; ``attn_mask`` is refused, as linear attention forms no weights to mask."""
         _no_dropout(self, self.attn_drop.p)
         if attn_mask is not None:

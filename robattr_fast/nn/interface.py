@@ -163,7 +163,9 @@ def set_implementation(model: Any, name: str) -> None:
         if hasattr(m, "set_attn_implementation") and m.config._attn_implementation != name
     ]
     if refused:
-        raise ModelError(f"model: {', '.join(sorted(set(refused)))} does not use the attention interface of transformers")
+        raise ModelError(
+            f"model: {', '.join(sorted(set(refused)))} does not use the attention interface of transformers"
+        )
 
 
 @contextmanager
