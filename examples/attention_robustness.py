@@ -5,11 +5,11 @@ Then two attributions are looked at under perturbations of one L2 size, random o
 ascent on the change of the attribution itself:
 
 - gradient: d (logit of the predicted class) / d pixels, whose ascent differentiates it again;
-- attention: the last layer's weights from the class token to the patches, mean over heads, less their mean over patches,
-  which nothing can change where rows sum to one.
+- attention: the last layer's weights from the class token to the patches, mean over heads, less their mean over the
+  patches, which would hide every change in a cosine.
 
-Change is 1 - cosine of the maps before and after; overlap is the share of the top tenth that stays. No box is put around
-the perturbed image, so that all perturbations have the size they claim.
+Change is 1 - cosine of the maps before and after; overlap is the share of the top tenth that stays. No box is put
+around the perturbed image, so that all perturbations have the size they claim.
 
     python examples/attention_robustness.py --plot attention.png
 
@@ -226,8 +226,8 @@ def main() -> None:
     results = defaultdict(list)
     # The fused softmax attention has no second derivative; MATH has.
     with sdpa_kernel(SDPBackend.MATH):
-        for kind in options.attention:
-            for seed in range(options.seeds):
+        for seed in range(options.seeds):
+            for kind in options.attention:
                 start = time.perf_counter()
                 model = trained(kind, seed, *train, options)
                 middle = time.perf_counter()

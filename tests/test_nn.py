@@ -225,7 +225,7 @@ def test_what_kernel_attention_does_not_have_is_refused():
         KernelAttention(12, 3, kernel="cosine")
     with pytest.raises(ValueError, match="attn_mask: got shape"):
         KernelAttention(12, 3, batch_first=True)(x, x, x, attn_mask=torch.zeros(5, 5))
-    with pytest.raises(ValueError, match="dropout: got 0.1 in training"):
+    with pytest.raises(ValueError, match=r"dropout: got 0.1 in training"):
         KernelAttention(12, 3, dropout=0.1, batch_first=True)(x, x, x)
     KernelAttention(12, 3, dropout=0.1, batch_first=True).eval()(x, x, x)
     nested = torch.nested.nested_tensor([x[0], x[1, :3]])
@@ -263,7 +263,7 @@ def test_timm_constructor_and_refusals():
         KernelSelfAttention(12, 3, qk_norm=True)
     with pytest.raises(ValueError, match="takes a multiple of num_heads=5"):
         KernelSelfAttention(12, 5)
-    with pytest.raises(ValueError, match="dropout: got 0.2"):
+    with pytest.raises(ValueError, match=r"dropout: got 0.2"):
         KernelSelfAttention(12, 3, attn_drop=0.2)(x)
 
 
@@ -478,7 +478,7 @@ def test_entropy_of_masked_and_degenerate_rows():
     torch.testing.assert_close(lower, torch.tensor([math.log(2), 0.0, math.log(2) - math.log(3) ** 2 / 8, 0.0]))
     with pytest.raises(ValueError, match="negative or non-finite"):
         attention_entropy(torch.tensor([1.0, -0.1]))
-    with pytest.raises(TypeError, match="keep: got dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"keep: got dtype torch.float32"):
         attention_entropy(weights, keep.float())
 
 

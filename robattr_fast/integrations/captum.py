@@ -28,7 +28,7 @@ TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 
 
 class SmoothGrad(GradientAttribution):
-    """`robattr_fast.smoothgrad` as a Captum attribution: every kind of it, deterministic, batch size chosen by trial."""
+    """`robattr_fast.smoothgrad` as a Captum attribution: every kind, deterministic, batch size chosen by trial."""
 
     def __init__(self, model: nn.Module) -> None:
         """model: eval-mode module that returns logits [B, classes]."""
@@ -36,29 +36,34 @@ class SmoothGrad(GradientAttribution):
 
     def attribute(
         self,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | tuple[torch.Tensor],
         target: int | Sequence[int] | torch.Tensor | None = None,
         *,
         sigma: float,
         samples: int,
         **settings: Any,
-    ) -> torch.Tensor:
-        """A map per image, [B, *S].
+    ) -> torch.Tensor | tuple[torch.Tensor]:
+        """A map per image, [B, *S]; in a tuple if the images are, as the metrics of Captum pass them.
 
         Args:
             inputs: [B, *S] float images.
             target: class or classes [B] to explain; None: the largest logit of each noisy copy.
             sigma, samples, settings: see `robattr_fast.smoothgrad`.
         """
-        return smoothgrad(self.forward_func, inputs, target=target, sigma=sigma, samples=samples, **settings)
+        if not isinstance(inputs, tuple):
+            return smoothgrad(self.forward_func, inputs, target=target, sigma=sigma, samples=samples, **settings)
+        if len(inputs) != 1:
+            raise ValueError(f"inputs: got {len(inputs)} tensors, takes one")
+        return (smoothgrad(self.forward_func, inputs[0], target=target, sigma=sigma, samples=samples, **settings),)
 
 
 class NoiseTunnel(Attribution):
     """captum.attr.NoiseTunnel with its arguments, for any attribution method of Captum.
 
-    It differs in this: sample j of an image is the same for every ``nt_samples_batch_size``, every batch that the image is
-    in, and every ``nt_samples`` above j; a seed says which it is; and sums are float64, so that the variance of vargrad
-    does not cancel and bfloat16 works. ``draw_baseline_from_distrib`` is refused: it draws from torch's generator.
+    It differs in this: sample j of an image is the same for every ``nt_samples_batch_size``, every batch that the image
+    is in, and every ``nt_samples`` above j; a seed says which it is; and sums are float64, so that the variance of
+    vargrad does not cancel and bfloat16 works. ``draw_baseline_from_distrib`` is refused: it draws from torch's
+    generator.
     """
 
     def __init__(
@@ -122,15 +127,7 @@ class NoiseTunnel(Attribution):
         for first in range(0, nt_samples, chunk):
             count = min(chunk, nt_samples - first)
             noisy = tuple(
-                noisy_samples(
-                    x.detach(),
-                    _check.positive("stdevs", sigma),
-                    count,
-                    seed=(self.seed + i) % 2**64,
-                    first_sample=first,
-                    image_ids=check_image_ids(self.image_ids, x),
-                ).flatten(0, 1)
-                for i, (x, sigma) in enumerate(zip(images, sigmas, strict=True))
+                self._noisy(x, sigma, count, i, first) for i, (x, sigma) in enumerate(zip(images, sigmas, strict=True))
             )
             found = self.attribution_method.attribute(
                 noisy if isinstance(inputs, tuple) else noisy[0], **_repeated(kwargs, len(images[0]), count)
@@ -145,6 +142,18 @@ class NoiseTunnel(Attribution):
         smoothed = tuple(moment.result(nt_type, nt_samples) for moment in moments)
         result = smoothed if isinstance(found, tuple) else smoothed[0]
         return (result, torch.cat(deltas)) if deltas else result
+
+    def _noisy(self, x: torch.Tensor, sigma: float, count: int, index: int, first: int) -> torch.Tensor:
+        """[B * count, *S]: the copies of one image next to each other."""
+        noisy = noisy_samples(
+            x.detach(),
+            _check.positive("stdevs", sigma),
+            count,
+            seed=(self.seed + index) % 2**64,
+            first_sample=first,
+            image_ids=check_image_ids(self.image_ids, x),
+        ).flatten(0, 1)
+        return noisy.requires_grad_(isinstance(self.attribution_method, GradientAttribution))
 
 
 class _Moments:

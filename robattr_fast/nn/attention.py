@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,11 @@ from robattr_fast.nn.functional import check_kernel, kernel_attention, kernel_we
 def _no_dropout(module: nn.Module, rate: float) -> None:
     if module.training and rate > 0:
         raise ValueError(
-            f"dropout: got {rate} in training mode; kernel attention forms no weights that could be dropped: set it to 0"
+            f"dropout: got {rate} in training mode; kernel attention forms no weights to drop from: set it to 0"
         )
 
 
-def _settings(module: KernelAttention | KernelSelfAttention) -> dict:
+def _settings(module: KernelAttention | KernelSelfAttention) -> dict[str, Any]:
     return {"kernel": module.kernel, "normalize": module.normalize}
 
 
@@ -138,12 +139,12 @@ class KernelAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._projected(query, key, value)
-        masks = {"causal": is_causal, "key_padding_mask": _keep(key_padding_mask)}
-        out = kernel_attention(q, k, v, **_settings(self), **masks)
+        settings = _settings(self) | {"causal": is_causal, "key_padding_mask": _keep(key_padding_mask)}
+        out = kernel_attention(q, k, v, **settings)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
-            weights = kernel_weights(q, k, **_settings(self), **masks)
+            weights = kernel_weights(q, k, **settings)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         if not batched:
             return out[0], weights[0] if weights is not None else None
@@ -230,7 +231,7 @@ class KernelSelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     @classmethod
-    def from_softmax(cls, attention: nn.Module, *, kernel: str = "elu", normalize: bool = True):
+    def from_softmax(cls, attention: Any, *, kernel: str = "elu", normalize: bool = True):
         """The submodules of a timm Attention, shared, with a kernel in place of the softmax."""
         ok, reason = is_timm_attention(attention)
         if not ok:
@@ -250,7 +251,7 @@ class KernelSelfAttention(nn.Module):
         _no_dropout(self, self.attn_drop.p)
         if attn_mask is not None:
             raise ValueError(
-                f"attn_mask: got shape {tuple(attn_mask.shape)}; kernel attention never forms the weights it would change"
+                f"attn_mask: got shape {tuple(attn_mask.shape)}; kernel attention forms no weights that it could change"
             )
         q, k, v = timm_projections(self, x)
         out = kernel_attention(q, k, v, causal=is_causal, **_settings(self)).transpose(1, 2).flatten(2)
@@ -265,12 +266,12 @@ class KernelSelfAttention(nn.Module):
         return kernel_weights(q, k, causal=is_causal, **_settings(self))
 
 
-def timm_projections(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def timm_projections(attention: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v [B, H, N, head_dim] of a timm Attention, or of ours in its form."""
     qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
+    if getattr(attention, "q_norm", None) is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
     return q, k, v
 
 
@@ -282,12 +283,13 @@ def is_timm_attention(module: nn.Module) -> tuple[bool, str]:
     """Whether a module is softmax attention in timm's form and nothing more; if not, the reason."""
     children = dict(module.named_children())
     name = type(module).__name__
-    if not (_TIMM_REQUIRED <= set(children) and isinstance(getattr(module, "num_heads", None), int)):
+    heads = getattr(module, "num_heads", None)
+    if not (set(children) >= _TIMM_REQUIRED and isinstance(heads, int)):
         return False, f"{name} has not the qkv, proj and num_heads of timm's Attention"
     own = {key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     unknown = sorted((set(children) - _TIMM_KNOWN) | own)
     if unknown:
         return False, f"{name} has {', '.join(unknown)}, which timm's Attention has not"
-    if not isinstance(children["qkv"], nn.Linear) or children["qkv"].out_features % (3 * module.num_heads):
-        return False, f"{name} has a qkv that is no linear layer to q, k and v of {module.num_heads} heads"
+    if not isinstance(children["qkv"], nn.Linear) or children["qkv"].out_features % (3 * heads):
+        return False, f"{name} has a qkv that is no linear layer to q, k and v of {heads} heads"
     return True, ""

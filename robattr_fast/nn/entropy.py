@@ -22,11 +22,13 @@ def attention_entropy(weights: torch.Tensor, keep: torch.Tensor | None = None) -
     """H = -sum_j a_j ln a_j of each row of attention weights, between log n - Delta^2 / 8 and log n.
 
     Delta = max_j l_j - min_j l_j is the range of the logits l_j = ln a_j, for softmax attention that of the scores
-    q . k / sqrt(D). *Proof.* Let A(t) = ln (1/n) sum_j exp(t l_j), so that A'(t) and A''(t) are the mean and the variance
-    of l under a(t) proportional to exp(t l). The divergence of a = a(1) from uniform is log n - H = A'(1) - A(1), the
-    integral of t A''(t) over t in [0, 1]; and A''(t) <= Delta^2 / 4, as no variance within a range Delta is larger
-    (Popoviciu). The integral is at most Delta^2 / 8. So softmax attention whose logits are bounded, as smooth networks
-    have them, cannot be far from uniform: what arXiv 2605.29983 calls its entropy constraint.
+    q . k / sqrt(D). *Proof.* Let A(t) = ln (1/n) sum_j exp(t l_j), so that A'(t) and A''(t) are the mean and the
+    variance of l under a(t) proportional to exp(t l). The divergence of a = a(1) from uniform is
+    log n - H = A'(1) - A(1), the integral of t A''(t) over t in [0, 1]; and A''(t) <= Delta^2 / 4, as no variance
+    within a range Delta is larger (Popoviciu). So the integral is at most Delta^2 / 8.
+
+    Softmax attention whose logits have a small range is therefore close to uniform: the entropy constraint to which
+    arXiv 2605.29983 attributes that robustness does not carry over to softmax attention.
 
     Args:
         weights: [..., n] >= 0, rows of any positive sum: each is divided by its own.

@@ -1,8 +1,11 @@
 """Attention with a kernel in place of exp(q . k / sqrt(D)), and the weights that it gives.
 
-The softmax kernel is a Gaussian times norms, exp(q . k / sqrt(D)) = exp(-|q - k|^2 / (2 sqrt(D))) exp(|q|^2 / (2 sqrt(D)))
-exp(|k|^2 / (2 sqrt(D))): "gaussian" is what is left without the norms (Tsai et al., "Transformer Dissection", EMNLP 2019).
-"elu" and "relu" are the inner products of `linear_attention`.
+The softmax kernel is a Gaussian times a function of each norm: with s = 2 sqrt(D),
+
+    exp(q . k / sqrt(D)) = exp(-|q - k|^2 / s) exp(|q|^2 / s) exp(|k|^2 / s).
+
+"gaussian" keeps the first factor alone (Chen et al., "Skyformer", NeurIPS 2021). "elu" and "relu" are the inner
+products of `linear_attention`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def kernel_attention(
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """o_i = sum_j a_ij v_j with a_ij = w(q_i, k_j) / sum_l w(q_i, k_l), or w(q_i, k_j) / (number of keys that row i sees).
+    """o_i = sum_j a_ij v_j with a_ij = w(q_i, k_j) / sum_l w(q_i, k_l), or w(q_i, k_j) / (number of keys that i sees).
 
     Args:
         q, k, v: [B, H, Nq, D], [B, H, Nk, D], [B, H, Nk, Dv], one dtype.

@@ -29,8 +29,8 @@ def register(name: str | None = None, *, kernel: str = "elu", normalize: bool = 
     """Add kernel attention to the attention and mask interfaces of transformers, for this process.
 
     Afterwards ``Model.from_pretrained(..., attn_implementation=name)`` and ``model.set_attn_implementation(name)`` use
-    it. Its mask is the padding mask [B, N]. 4-D masks, dropout in training, sliding windows, packed sequences and cached
-    keys of a causal model raise ValueError.
+    it. Its mask is the padding mask [B, N]. 4-D masks, dropout in training, sliding windows, packed sequences and
+    cached keys of a causal model raise ValueError.
 
     Args:
         name: what to call it; None: "robattr_linear" for elu, normalised, else "robattr_{kernel}", with "_mean" if not
@@ -98,10 +98,10 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [B, H, Nq, D], key and value [B, H or fewer, Nk, D] -> [B, Nq, H, Dv]; ``scaling`` belongs to the softmax."""
+    """query [B, H, Nq, D], key, value [B, H or fewer, Nk, D] -> [B, Nq, H, Dv]; ``scaling`` belongs to the softmax."""
     if dropout:
         raise ValueError(
-            f"dropout: got {dropout}; kernel attention forms no weights that could be dropped: set the model's attention "
+            f"dropout: got {dropout}; kernel attention forms no weights to drop from: set the model's attention "
             "dropout to 0 (config.attention_probs_dropout_prob, config.attention_dropout)"
         )
     key, value, masks = _arguments(module, query, key, value, attention_mask, is_causal, kwargs)

@@ -29,9 +29,9 @@ def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tor
         args, kwargs: what it is called with.
 
     Returns:
-        Name of the module -> weights [B, H, Nq, Nk], in the order in which they ran. Rows sum to one where the attention
-        is normalised; rows that see nothing are zeros (kernel attention). The weights carry the graph where gradients
-        are enabled, so that they can be attacked or trained.
+        Name of the module -> weights [B, H, Nq, Nk], in the order in which they ran. Rows sum to one where the
+        attention is normalised; in kernel attention rows that see nothing, or whose features meet those of no key
+        ("relu"), are zeros. The weights carry the graph where gradients are enabled: they can be attacked or trained.
 
     Raises:
         ModelError: training mode, no known attention, an attention that runs twice or whose weights are not known.
