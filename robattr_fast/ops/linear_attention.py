@@ -175,12 +175,34 @@ def _run_reference_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, gra
         out.copy_(value)
 
 
-for _name, _call in (
-    ("linear_attention", _run_reference),
-    ("linear_attention_backward", _run_reference_backward),
-    ("linear_attention_double_backward", _run_reference_double_backward),
+def _for_cpu(tensors, feature_map, causal, normalize, key_padding_mask, eps):
+    """Arguments of the C++ kernels: any strides but the last, which must be 1."""
+    rows = (x if x.stride(3) == 1 else x.contiguous() for x in tensors)
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+    return *rows, mask, FEATURE_MAPS.index(feature_map), causal, normalize, eps
+
+
+def _run_cpu(q, out, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention(out, *_for_cpu((q, k, v), *settings))
+
+
+def _run_cpu_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention_backward(grad_q, grad_k, grad_v, *_for_cpu((grad, q, k, v), *settings))
+
+
+def _run_cpu_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention_double_backward(
+        of_grad, of_q, of_k, of_v, *_for_cpu((u_q, u_k, u_v, grad, q, k, v), *settings)
+    )
+
+
+for _name, _reference_call, _cpu_call in (
+    ("linear_attention", _run_reference, _run_cpu),
+    ("linear_attention_backward", _run_reference_backward, _run_cpu_backward),
+    ("linear_attention_double_backward", _run_reference_double_backward, _run_cpu_double_backward),
 ):
-    backends.register(_name, "reference", _call, _extension.can_run_anywhere)
+    backends.register(_name, "reference", _reference_call, _extension.can_run_anywhere)
+    backends.register(_name, "cpu", _cpu_call, _extension.can_run_cpu)
 for _name, _call in (
     ("linear_attention", _run),
     ("linear_attention_backward", _run_backward),
