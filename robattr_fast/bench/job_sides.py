@@ -156,7 +156,7 @@ class _Rate:
                 signal.raise_signal(signal.SIGINT)
 
         start = time.perf_counter()
-        options = {"sigma": SIGMA, "tau": TAU, "alpha": ALPHA, "samples": self.spec["planned"], "retain": 4}
+        options = {"sigma": SIGMA, "tau": TAU, "alpha": ALPHA, "samples": self.spec["planned"]}
         try:
             certificate = rf.certify(
                 self.model, self.x, **options, **self.batches, first_sample=self.first, progress=progress

@@ -17,18 +17,23 @@ from typing import Any
 _FILES = ("operator_sides", "job_sides")
 
 
-def load_sides() -> list[ModuleType]:
-    """The modules with SIDES and GATES beside this file, under names of their own: the package may be another's."""
-    modules = []
-    for name in _FILES:
-        spec = importlib.util.spec_from_file_location(f"_robattr_fast_{name}", Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        modules.append(module)
-    return modules
+def _load(name: str) -> ModuleType:
+    """A file of this package, under a name of its own: the package that is measured may be another commit's."""
+    path = (Path(__file__).parent / f"{name}.py").resolve()
+    spec = importlib.util.spec_from_file_location(f"_robattr_fast_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_sides() -> tuple[dict[str, Any], dict[str, Any]]:
+    """All SIDES and all GATES of the files beside this one."""
+    modules = [_load(name) for name in _FILES]
+    sides = {name: make for module in modules for name, make in module.SIDES.items()}
+    return sides, {name: check for module in modules for name, check in module.GATES.items()}
 
 
 class _Worker:
@@ -38,9 +43,7 @@ class _Worker:
         import robattr_fast
 
         self.torch, self.package = torch, robattr_fast
-        modules = load_sides()
-        self.sides = {name: make for module in modules for name, make in module.SIDES.items()}
-        self.gates = {name: check for module in modules for name, check in module.GATES.items()}
+        self.sides, self.gates = load_sides()
         self.prepared: dict[str, Any] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +54,7 @@ class _Worker:
                 self.torch.set_num_threads(request["threads"])
             return {"package": str(Path(self.package.__file__).parent), "threads": self.torch.get_num_threads()}
         if kind == "tune":
-            tuned, what = self.package.tune_allocator()
+            tuned, what = _load("../allocator").tune_allocator()
             return {"tuned": tuned, "what": what}
         if kind == "gate":
             return {"reason": self.gates[request["gate"]](request["spec"])}

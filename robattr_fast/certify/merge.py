@@ -34,7 +34,7 @@ def _union(first: tuple[Interval, ...], second: tuple[Interval, ...], image: int
     return tuple(union)
 
 
-def _joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+def joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
     """Both values where they differ."""
     names = sorted(first.keys() | second.keys())
     values = {name: sorted({side[name] for side in (first, second) if name in side}) for name in names}
@@ -70,6 +70,6 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
         memory_format=first.memory_format if first.memory_format == second.memory_format else None,
         folded=first.folded if first.folded == second.folded else None,
-        backends=_joined(first.backends, second.backends),
-        versions=_joined(first.versions, second.versions),
+        backends=joined(first.backends, second.backends),
+        versions=joined(first.versions, second.versions),
     )

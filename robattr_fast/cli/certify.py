@@ -61,6 +61,9 @@ def certify(
     second_moment: Annotated[
         bool, typer.Option("--second-moment/--no-second-moment", help="Certify by second moments too (part of alpha).")
     ] = True,
+    keep_samples: Annotated[
+        bool, typer.Option("--keep-samples", help="Write these maps into the certificate: verify computes them again.")
+    ] = False,
     k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
     radius: Annotated[
         list[float] | None,

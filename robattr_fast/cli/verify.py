@@ -133,7 +133,8 @@ def _check(path: Path) -> _Verified:
     except (CertificateFileError, OSError) as error:
         one.faults.append(one_line(error))
     if one.cert is not None:
-        one.faults += checks.support_faults(one.cert) + checks.record_faults(one.cert, one.record)
+        one.faults += checks.support_faults(one.cert) + checks.sample_faults(one.cert)
+        one.faults += checks.record_faults(one.cert, one.record)
         one.remarks += words.remarks(one.cert)
     return one
 
