@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret lint clean
+.PHONY: install demo test test-interpret bench docs lint clean
 
 install: .venv/installed
 
@@ -28,6 +28,14 @@ test: install
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own.
 test-interpret: install
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and not gradient" tests/test_noisy_samples.py
+
+# Adds to benchmarks/records/; close everything else that runs. ARGS='--quick', '--only P2', '--base HEAD~1'.
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Tables and plot of the documents, from the records.
+docs: install
+	$(BIN)/python -m benchmarks render
 
 lint: install
 	$(BIN)/ruff check .
