@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret lint clean
+.PHONY: install demo test test-interpret bench docs lint clean
 
 install: .venv/installed
 
@@ -32,6 +32,14 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,betting_bounds count_spar
 ELSEWHERE := not grad and not derivative and not misleads and not bound_of_the_sample
 test-interpret: install
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and $(ELSEWHERE)" $(INTERPRETED)
+
+# Adds to benchmarks/records/; close everything else that runs. ARGS='--quick', '--only P2', '--base HEAD~1'.
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Tables and plot of the documents, from the records.
+docs: install
+	$(BIN)/python -m benchmarks render
 
 lint: install
 	$(BIN)/ruff check .
