@@ -90,12 +90,16 @@ ROBATTR_INLINE void noisy_tile(const Compute* x, Out* out, Compute sigma, const 
   }
 }
 
-// Elements [first, last) of one sample; x points at element 0, out at where element `first` goes.
+// Elements [first, last) of one sample; x points at element 0, out at where element `first` goes. As much memory from
+// `later` on, which will be written soon, is fetched meanwhile.
 template <class Compute, class Out>
-static void noisy_range(const Compute* x, Out* out, Compute sigma, const Stream& stream, int64_t first, int64_t last) {
+static void noisy_range(const Compute* x, Out* out, Compute sigma, const Stream& stream, int64_t first, int64_t last,
+                        const Out* later) {
+  constexpr int kPerLine = 64 / sizeof(Out);
   for (int64_t e = first; e < last;) {
     const int64_t tile = e / kTile, begin = tile * kTile, end = std::min(begin + kTile, last);
     if (end - e == kTile) {
+      for (int i = 0; i < kTile; i += kPerLine) __builtin_prefetch(later + (e - first) + i, 1);
       noisy_tile(x + e, out + (e - first), sigma, stream, static_cast<uint32_t>(tile));
     } else {
       Compute some_x[kTile] = {};
@@ -108,7 +112,7 @@ static void noisy_range(const Compute* x, Out* out, Compute sigma, const Stream&
   }
 }
 
-// out[pixel * pitch + channel] = planes[channel * kStrip + pixel]
+// out[pixel * pitch + channel] = planes[channel * strip + pixel]
 template <class T>
 static void interleave(const T* __restrict planes, int64_t strip, int64_t pixels, int channels, T* __restrict out,
                        int64_t pitch) {
@@ -130,15 +134,17 @@ static void interleave(const T* __restrict planes, int64_t strip, int64_t pixels
 template <class Compute, class Out>
 static void noisy_pixels(const Compute* x, Out* out, Compute sigma, const Stream& stream, const Layout& layout,
                          int64_t first, int64_t last) {
-  if (layout.channels == 1) return noisy_range(x, out + first, sigma, stream, first, last);
+  constexpr int64_t kAhead = 2048 / sizeof(Out);
+  out += first * layout.channels;
+  if (layout.channels == 1) return noisy_range(x, out, sigma, stream, first, last, out + kAhead);
   alignas(64) Out planes[kTaskElements];
-  const int64_t strip = layout.strip();
+  const int64_t strip = layout.strip(), pixels = last - first;
   for (int64_t channel = 0; channel < layout.channels; channel += kMostPlanes) {
     const int count = static_cast<int>(std::min<int64_t>(layout.channels - channel, kMostPlanes));
     for (int c = 0; c < count; ++c) {
       const int64_t plane = (channel + c) * layout.plane;
-      noisy_range(x, planes + c * strip, sigma, stream, plane + first, plane + last);
+      noisy_range(x, planes + c * strip, sigma, stream, plane + first, plane + last, out + (channel + c) * pixels);
     }
-    interleave(planes, strip, last - first, count, out + first * layout.channels + channel, layout.channels);
+    interleave(planes, strip, pixels, count, out + channel, layout.channels);
   }
 }
