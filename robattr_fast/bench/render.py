@@ -211,9 +211,7 @@ def stale(root: Path, found: Records) -> list[str]:
     """Which documents do not say what the records say."""
     texts = {path: (root / path).read_text(encoding="utf-8") for path in DOCUMENTS}
     wrong = [str(path) for path, text in texts.items() if filled(text, found, path) != text]
-    if _curves(found) and not (
-        (root / PLOT).exists() and digest(found) in (root / PLOT).read_text(encoding="utf-8")
-    ):
+    if _curves(found) and not ((root / PLOT).exists() and digest(found) in (root / PLOT).read_text(encoding="utf-8")):
         wrong.append(str(PLOT))
     return wrong
 
