@@ -45,7 +45,7 @@ class Recomputation:
         self._surroundings = _Surroundings(x.device.type)
 
     def check(self, first_sample: int) -> None:
-        """ModelError, naming the operator and a remedy, if the model cannot be differentiated twice: tried on one row."""
+        """ModelError, naming the operator and a remedy, if the model has no second derivatives: tried on one row."""
 
         def attempt(segments, batch, target):
             self._gradients(segments, batch, target, torch.ones_like(self.sampler.x), [True] * (1 + len(self._own)))
@@ -181,7 +181,8 @@ def _explained(error: Exception, model: nn.Module, x: torch.Tensor) -> ModelErro
 
 def _python_functions(logits: torch.Tensor) -> set[str]:
     """Names of the torch.autograd.Functions in the graph of the logits."""
-    names, seen, left = set(), set(), [logits.grad_fn]
+    names: set[str] = set()
+    seen, left = set(), [logits.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:

@@ -261,9 +261,11 @@ def _triple_backward(ctx, *grads):
     return *(next(gradients) if x.requires_grad else None for x in inputs), *_NO_GRADIENTS
 
 
-for _name, _call in (
+for _name, _backward_call in (
     ("linear_attention", _backward),
     ("linear_attention_backward", _double_backward),
     ("linear_attention_double_backward", _triple_backward),
 ):
-    torch.library.register_autograd(f"robattr_fast::{_name}", _call, setup_context=_setup_context, lib=_schema.PUBLIC)
+    torch.library.register_autograd(
+        f"robattr_fast::{_name}", _backward_call, setup_context=_setup_context, lib=_schema.PUBLIC
+    )
