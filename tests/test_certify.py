@@ -1,5 +1,6 @@
 """The engine: counts that do not depend on batches, order or splits; stopping, resuming, refusing."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast.certify import Overlap, engine
+from robattr_fast.certify import Overlap, engine, files
 from robattr_fast.certify.concentration import summarize_gram
 
 
@@ -272,6 +273,17 @@ def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
     assert resumed.samples.tolist() == whole.samples.tolist()
 
 
+def test_a_run_that_goes_on_elsewhere_names_both_places(tmp_path):
+    path = tmp_path / "run.safetensors"
+    first = rf.certify(MODEL, images(), **COMMON, batch_size=8, checkpoint=path)
+    older = dataclasses.replace(first.settings, versions=first.settings.versions | {"torch": "1.0"})
+    tensors, _ = files.load(path)
+    files.save(path, tensors, older.to_json())
+    again = rf.certify(MODEL, images(), **COMMON, batch_size=8, checkpoint=path)
+    assert again.settings.versions["torch"] == f"1.0 + {torch.__version__}"
+    assert again.settings.versions["numpy"] == first.settings.versions["numpy"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     rf.certify(MODEL, images(), **COMMON, checkpoint=path)
@@ -361,12 +373,17 @@ def test_memory_layout_of_the_input_does_not_matter():
     assert torch.equal(a.counts, b.counts)
 
 
-def test_float64_and_half_models():
-    for dtype in (torch.float64, torch.bfloat16):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval().to(dtype)
-        certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
-        assert certificate.map.dtype == torch.float64
-        assert float(certificate.map.sum()) > 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_dtypes_get_noise_of_their_dtype(dtype):
+    """One class: every sample has the same gradient, the row of weights, so that its largest elements count always."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 1)).eval().to(dtype)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
+    weights = model[1].weight[0].detach().abs().float()
+    expected = rf.reference.sparsify(weights, COMMON["tau"]).view(certificate.map.shape[1:]).double()
+    assert set(seen) == {dtype}
+    assert all(torch.equal(one, expected) for one in certificate.map)
 
 
 def levels_by_hand(x, *, sigma, tau, samples, levels=1, gamma=None):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "robattr_fast"
 
 # A module imports from its own entry here or from an earlier one; entries on one line may not import each other.
 LAYERS = [
-    {"errors", "build", "rounding"},
+    {"errors", "build", "rounding", "allocator"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"exported"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"models", "plots", "runs", "integrations"},
     {"report"},
     {"doctor"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -67,4 +67,17 @@ bool count_sparsified_(Tensor counts, Tensor invalid, std::optional<Tensor> pack
 // lower and upper float64 [B, n]; counts int32 [B, n, L], samples int64 [B], shares float64 [32], all contiguous.
 void betting_bounds(Tensor lower, Tensor upper, Tensor counts, Tensor samples, Tensor shares, double log_inverse_delta);
 
+// All tensors [B, H, N, width] with last stride 1: out, q, k, v of one dtype; mask bool [B, keys], contiguous;
+// feature_map: its place in FEATURE_MAPS of robattr_fast/reference/linear_attention.py.
+void linear_attention(Tensor out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t feature_map,
+                      bool causal, bool normalize, double eps);
+
+void linear_attention_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad, Tensor q, Tensor k, Tensor v,
+                               std::optional<Tensor> mask, int64_t feature_map, bool causal, bool normalize,
+                               double eps);
+
+void linear_attention_double_backward(Tensor of_grad, Tensor of_q, Tensor of_k, Tensor of_v, Tensor u_q, Tensor u_k,
+                                      Tensor u_v, Tensor grad, Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                                      int64_t feature_map, bool causal, bool normalize, double eps);
+
 }  // namespace robattr_fast

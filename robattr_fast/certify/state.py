@@ -36,6 +36,7 @@ class State:
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
         self.done = [0] * images
+        self._sizes = torch.empty(0)
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
         self.retained = (
@@ -65,8 +66,16 @@ class State:
         self.done[segment.image] += segment.count
 
     def scores(self, scored: Scored) -> torch.Tensor:
-        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class."""
-        scores = scored.scores.abs() if self.settings.explain in _model.EXPLANATIONS else scored.scores
+        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class.
+
+        Valid until the next call.
+        """
+        scores = scored.scores
+        if self.settings.explain in _model.EXPLANATIONS:
+            # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
+            if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
+                self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+            scores = torch.abs(scores, out=self._sizes)
         if self.settings.channel_sum:
             scores = scores.sum(dim=1)
         scores = scores.flatten(1)

@@ -53,6 +53,8 @@ class Row:
     k: int
     overlaps: Overlap  # at the R radii of the run, [R, 1]
     seconds: float
+    index: int = 0
+    """Its place in the run."""
 
     @property
     def shares(self) -> list[float]:
@@ -123,6 +125,7 @@ class Results:
     def add(self, row: Row) -> None:
         self.earlier.pop(row.name, None)
         self.rows.append(row)
+        self.rows.sort(key=lambda one: one.index)
         self._write()
 
     def fail(self, name: str, source: Path, error: str) -> None:
@@ -161,6 +164,7 @@ class Results:
                     "image_id": row.image_id,
                     "input_hash": (row.cert.settings.input_hashes or (None,))[0],
                     "batch_size": row.cert.settings.batch_size,
+                    "memory_format": row.cert.settings.memory_format,
                     "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
                     "seconds": round(row.seconds, 3),
                 }
@@ -204,6 +208,8 @@ class Results:
             f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
             f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
         )
+        for reason in dict.fromkeys(row.cert.reason for row in self.rows if row.cert.reason):
+            note += f" {reason[0].upper()}{reason[1:]}."
         if any("second-moment" in row.methods for row in self.rows):
             note += f" {_STAR} by second moments, the others element by element."
         if any(any(row.cosines(self.radii)) for row in self.rows):

@@ -18,6 +18,17 @@ _PUBLIC = (
     "soft_topk(Tensor scores, SymInt k, float temperature) -> (Tensor, Tensor, Tensor)",
     "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma, Tensor(b!)? packed) -> Tensor",
     "betting_bounds(Tensor counts, Tensor samples, float delta) -> (Tensor, Tensor)",
+    "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, "
+    "Tensor? key_padding_mask, float eps) -> Tensor",
+)
+
+# What only the autograd of a public operator calls; X_backward and X_double_backward live in X's files.
+_DERIVATIVES = (
+    "linear_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, str feature_map, bool causal, "
+    "bool normalize, Tensor? key_padding_mask, float eps) -> (Tensor, Tensor, Tensor)",
+    "linear_attention_double_backward(Tensor u_q, Tensor u_k, Tensor u_v, Tensor grad, Tensor q, Tensor k, Tensor v, "
+    "str feature_map, bool causal, bool normalize, Tensor? key_padding_mask, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 _KERNELS = (
@@ -30,12 +41,19 @@ _KERNELS = (
     "int k_gamma) -> bool",
     "betting_bounds(Tensor(a!) lower, Tensor(b!) upper, Tensor counts, Tensor samples, Tensor shares, "
     "float log_inverse_delta) -> ()",
+    "linear_attention(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? mask, int feature_map, bool causal, "
+    "bool normalize, float eps) -> ()",
+    "linear_attention_backward(Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor grad, Tensor q, "
+    "Tensor k, Tensor v, Tensor? mask, int feature_map, bool causal, bool normalize, float eps) -> ()",
+    "linear_attention_double_backward(Tensor(a!) of_grad, Tensor(b!) of_q, Tensor(c!) of_k, Tensor(d!) of_v, "
+    "Tensor u_q, Tensor u_k, Tensor u_v, Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int feature_map, "
+    "bool causal, bool normalize, float eps) -> ()",
 )
 
 PUBLIC = Library("robattr_fast", "DEF")
 KERNELS = Library("robattr_fast_C", "DEF")
 
-for _schema in _PUBLIC:
+for _schema in _PUBLIC + _DERIVATIVES:
     PUBLIC.define(_schema)
 for _schema in _KERNELS:
     KERNELS.define(_schema)
