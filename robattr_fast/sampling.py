@@ -306,9 +306,7 @@ class Sampler:
         images = [segment.image for segment in padded for _ in range(segment.count)]
         return self._buffer, None if self.target is None else self.target[images]
 
-    def _score(
-        self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None
-    ) -> list[Scored]:
+    def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
         scores, logits = _model.scores(self.model, batch, target, self.explain)
         row = 0
         scored = []

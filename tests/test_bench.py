@@ -94,7 +94,9 @@ def test_every_side_does_its_work(name):
     json.dumps(answer)
 
 
-@pytest.mark.parametrize(("family", "levels"), [("noise", 0), ("select", 1), ("select", 15), ("bounds", 3), ("gram", 1)])
+@pytest.mark.parametrize(
+    ("family", "levels"), [("noise", 0), ("select", 1), ("select", 15), ("bounds", 3), ("gram", 1)]
+)
 def test_gates_are_green(family, levels):
     assert GATES[family]({**spec_of(f"{family}."), **({"levels": levels} if levels else {})}) == ""
 
@@ -230,7 +232,9 @@ def test_errors_come_from_the_other_process():
             process.gate("gram", spec_of("gram."))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--only", "P9"], "only: got 'P9'"), (["--base", "nope"], "base: got")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--only", "P9"], "only: got 'P9'"), (["--base", "nope"], "base: got")]
+)
 def test_the_command_refuses(arguments, message):
     answer = CliRunner().invoke(app, ["bench", "--no-record", *arguments])
     assert answer.exit_code == 2

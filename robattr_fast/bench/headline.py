@@ -98,9 +98,7 @@ def same_certificate(context: Context, spec: dict[str, Any], rounds: int, result
         _compare(context, image, curve, spec["planned"], ours, peers, result)
 
 
-def _curve(
-    context: Context, model: str, image: str, planned: int, result: Result
-) -> dict[int, dict[str, float]]:
+def _curve(context: Context, model: str, image: str, planned: int, result: Result) -> dict[int, dict[str, float]]:
     """By number of samples what each method certifies of an image."""
     from robattr_fast import images, models
 
