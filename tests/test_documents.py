@@ -56,6 +56,7 @@ def run_example(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_attention_example(fashion, tmp_path):
     small = ["--epochs", "1", "--batch", "20", "--attacked", "2", "--steps", "2", "--sizes", "0.5", "--seeds", "2"]
     done = run_example(
