@@ -1,6 +1,6 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
-from robattr_fast import backends, reference
+from robattr_fast import backends, nn, reference
 from robattr_fast.allocator import tune_allocator
 from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
 from robattr_fast.errors import (
@@ -39,6 +39,7 @@ __all__ = [
     "certify",
     "count_sparsified_",
     "linear_attention",
+    "nn",
     "noisy_samples",
     "overlap",
     "packed_gram",

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,12 @@ def test_every_operator_is_public():
     for schema in _schema._PUBLIC:
         name = schema.split("(")[0]
         assert name in package.__all__, f"{name} is not exported by robattr_fast"
+
+
+def test_the_package_imports_without_optional_ones():
+    optional = ["captum", "matplotlib", "PIL", "quantus", "rich", "skimage", "timm", "transformers", "triton", "typer"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({optional!r})); import robattr_fast.nn"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("link", ["kernels", "csrc"])
