@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,10 +43,11 @@ def looks(planned: int = PLANNED) -> list[int]:
 def overlaps(cert: Certificate) -> dict[str, float]:
     """The share of the top-K that each of METHODS certifies at RADIUS, from the same counts, each method by itself."""
     k = int(K_SHARE * cert.settings.n)
-    assert cert.counts is not None
+    counts = cert.counts
+    assert counts is not None
 
-    def of_counts(**evaluation: object) -> float:
-        same = Certificate.from_counts(cert.counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
+    def of_counts(**evaluation: Any) -> float:
+        same = Certificate.from_counts(counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
         return float(same.overlap(k, RADIUS, method="marginal").share[0])
 
     return {
@@ -58,8 +60,10 @@ def overlaps(cert: Certificate) -> dict[str, float]:
 
 
 def find(folder: Path, module: nn.Module, x: torch.Tensor) -> dict[int, Certificate]:
-    """By number of samples the certificates of image x [C, H, W] and module in a folder (or one file) that fit."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder] if folder.exists() else []
+    """By number of samples the certificates of image x [C, H, W] and module in a folder that fit."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"certificates: got {folder}, takes a folder")
+    files = sorted(folder.glob("*.safetensors"))
     wanted = {
         "sigma": SIGMA,
         "tau": TAU,

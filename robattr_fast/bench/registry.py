@@ -135,11 +135,7 @@ ENTRIES: tuple[Entry, ...] = (
         threads=1,
         floor_bytes=4,
     ),
-    *(
-        _select(f"P3.{n}.levels{levels}", n, levels, 3)
-        for n in (784, 3072)
-        for levels in (1, 15)
-    ),
+    *(_select(f"P3.{n}.levels{levels}", n, levels, 3) for n in (784, 3072) for levels in (1, 15)),
     *(
         Entry(
             name=f"bounds.levels{levels}",

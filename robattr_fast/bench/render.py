@@ -131,9 +131,9 @@ def plot(found: Records) -> str:
     if not _curves(found):
         return "Not measured yet.\n"
     return (
-        f"![Certified overlap against wall time]({{plot}})\n\n"
-        "*Certified share of the top 20 % at L2 radius .06 against wall time, from the same noisy samples: the published\n"
-        "procedure at its own pace, and the better of T3/T4 and T7 at ours.*\n"
+        "![Certified overlap against wall time]({plot})\n\n"
+        "*Certified share of the top 20 % at L2 radius .06 against wall time, from the same noisy samples: the\n"
+        "published procedure at its own pace, and the better of T3/T4 and T7 at ours.*\n"
     )
 
 
@@ -211,9 +211,7 @@ def stale(root: Path, found: Records) -> list[str]:
     """Which documents do not say what the records say."""
     texts = {path: (root / path).read_text(encoding="utf-8") for path in DOCUMENTS}
     wrong = [str(path) for path, text in texts.items() if filled(text, found, path) != text]
-    if _curves(found) and not (
-        (root / PLOT).exists() and digest(found) in (root / PLOT).read_text(encoding="utf-8")
-    ):
+    if _curves(found) and not ((root / PLOT).exists() and digest(found) in (root / PLOT).read_text(encoding="utf-8")):
         wrong.append(str(PLOT))
     return wrong
 

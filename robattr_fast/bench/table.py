@@ -53,7 +53,9 @@ def table(result: Result) -> Table:
         style = "bold cyan" if label == OURS else None
         shown.add_row(escape(label), figure(side["median"]), _spread(side), unit, "", style=style)
     if result.floor is not None:
-        note = f"{result.unit}, moving {result.floor['bytes']:g} bytes at {result.floor['gigabytes_per_second']:.3g} GB/s"
+        note = (
+            f"{result.unit}, moving {result.floor['bytes']:g} bytes at {result.floor['gigabytes_per_second']:.3g} GB/s"
+        )
         shown.add_row("[dim]floor[/]", figure(result.floor["median"]), "", f"[dim]{note}[/]", "")
     for one in result.ratios:
         name = one.get("what", "")
