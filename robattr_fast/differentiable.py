@@ -115,9 +115,7 @@ class Recomputation:
             return found
         inputs = [rows, *self._own]
         places = [i for i, want in enumerate(wanted) if want]
-        derivatives = torch.autograd.grad(
-            maps, [inputs[i] for i in places], weights.to(maps.dtype), allow_unused=True
-        )
+        derivatives = torch.autograd.grad(maps, [inputs[i] for i in places], weights.to(maps.dtype), allow_unused=True)
         for i, derivative in zip(places, derivatives, strict=True):
             found[i] = derivative
         return found
@@ -168,8 +166,9 @@ def _explained(error: Exception, model: nn.Module, x: torch.Tensor) -> ModelErro
     """What stops a second derivative, and what to do about it."""
     missing = _MISSING_DERIVATIVE.search(str(error))
     if missing and "attention" in missing[1]:
-        who, remedy = missing[1], (
-            "call smoothgrad under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use rf.linear_attention"
+        who, remedy = (
+            missing[1],
+            ("call smoothgrad under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use rf.linear_attention"),
         )
     elif missing:
         who, remedy = missing[1], "use an operator that has one"
@@ -177,9 +176,7 @@ def _explained(error: Exception, model: nn.Module, x: torch.Tensor) -> ModelErro
         functions = ", ".join(sorted(_python_functions(_model.forward(model, x.clone().requires_grad_()))))
         who = f"an operator (of its own: {functions})" if functions else "an operator"
         remedy = "use one that has"
-    return ModelError(
-        f"model: {who} has no second derivative, which differentiable=True needs; {remedy} ({error})"
-    )
+    return ModelError(f"model: {who} has no second derivative, which differentiable=True needs; {remedy} ({error})")
 
 
 def _python_functions(logits: torch.Tensor) -> set[str]:

@@ -52,9 +52,7 @@ def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
         if module.training and not exported.contains(graphs, name):
             where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
             raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
-    shared = {
-        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()
-    }
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()}
     try:
         return copy.deepcopy(model, shared)
     except Exception as error:

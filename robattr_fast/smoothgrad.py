@@ -90,7 +90,9 @@ RowMap = Callable[[torch.Tensor], torch.Tensor]
 """Gradients [N, *S] to maps [N, *S], each row by itself."""
 
 
-def _row_map(kind: str, n: int, tau: float, gamma: float | None, levels: int | None, temperature: float | None) -> RowMap:
+def _row_map(
+    kind: str, n: int, tau: float, gamma: float | None, levels: int | None, temperature: float | None
+) -> RowMap:
     """What `smoothgrad` averages; n is the number of elements of a row."""
     if kind == "soft_topk":
         if temperature is None:
@@ -98,7 +100,9 @@ def _row_map(kind: str, n: int, tau: float, gamma: float | None, levels: int | N
         width = _check.temperature(temperature)
         k = selected(tau, n)
         if k >= n:
-            raise ValueError(f"tau: got {tau}, takes for kind='soft_topk' less than all of the {n} elements of an image")
+            raise ValueError(
+                f"tau: got {tau}, takes for kind='soft_topk' less than all of the {n} elements of an image"
+            )
         return lambda g: soft_topk(g.abs().flatten(1), k, width).view_as(g)
     if temperature is not None:
         raise ValueError(f"temperature: got {temperature}, takes None for kind={kind!r}")
