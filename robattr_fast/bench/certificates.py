@@ -119,6 +119,7 @@ def make(
         input_hashes=(model.input_hash(x),),
         folded=sampler.folded,
         memory_format=sampler.memory_format,
+        batch_images=1,
         **environment(x.device),
     )
     state = State(settings, 1, classes, x.device)
