@@ -1,4 +1,7 @@
-"""``python -m benchmarks``: `robattr-fast bench` from a checkout; ``... render`` writes the documents."""
+"""`robattr-fast bench` from a checkout: ``python -m benchmarks``.
+
+``python -m benchmarks render`` writes tables and plot of the documents.
+"""
 
 import sys
 

@@ -262,6 +262,7 @@ def test_the_trial_is_a_small_part_of_the_run(monkeypatch, samples):
 
 def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     """A larger one would be padding: images are looked at after 64 samples each."""
+    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
     settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
     monkeypatch.setattr(engine, "_Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))

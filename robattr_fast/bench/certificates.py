@@ -43,9 +43,8 @@ def looks(planned: int = PLANNED) -> list[int]:
 def overlaps(cert: Certificate) -> dict[str, float]:
     """The share of the top-K that each of METHODS certifies at RADIUS, from the same counts, each method by itself."""
     k = int(K_SHARE * cert.settings.n)
-    assert cert.counts is not None
-
     counts = cert.counts
+    assert counts is not None
 
     def of_counts(**evaluation: Any) -> float:
         same = Certificate.from_counts(counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
@@ -61,8 +60,10 @@ def overlaps(cert: Certificate) -> dict[str, float]:
 
 
 def find(folder: Path, module: nn.Module, x: torch.Tensor) -> dict[int, Certificate]:
-    """By number of samples the certificates of image x [C, H, W] and module in a folder (or one file) that fit."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder] if folder.exists() else []
+    """By number of samples the certificates of image x [C, H, W] and module in a folder that fit."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"certificates: got {folder}, takes a folder")
+    files = sorted(folder.glob("*.safetensors"))
     wanted = {
         "sigma": SIGMA,
         "tau": TAU,
@@ -118,6 +119,7 @@ def make(
         input_hashes=(model.input_hash(x),),
         folded=sampler.folded,
         memory_format=sampler.memory_format,
+        batch_images=1,
         **environment(x.device),
     )
     state = State(settings, 1, classes, x.device)

@@ -106,16 +106,18 @@ def _curve(context: Context, model: str, image: str, planned: int, result: Resul
 
     loaded = models.load(model)
     x = images.read(images.find([image])[0].path, loaded.preprocess)
+    result.details["n"] = x.numel()
     found = certificates.find(context.certificates, loaded.module, x)
-    if not set(found) >= set(certificates.looks(planned)) and not context.quick:
-        folder = context.certificates if context.certificates.suffix != ".safetensors" else context.certificates.parent
-        found = certificates.make(folder, image, loaded.module, x, planned=planned, told=context.told)
+    if not set(found) >= set(certificates.looks(planned)):
+        # Of a few certificates alone it cannot be told how many samples are enough.
+        if context.quick:
+            return {}
+        found = certificates.make(context.certificates, image, loaded.module, x, planned=planned, told=context.told)
     curve = {}
     for samples, cert in found.items():
         context.told(f"{image}: what {samples} samples certify")
         curve[samples] = certificates.overlaps(cert)
     result.details["curves"][image] = [[samples, *shares.values()] for samples, shares in curve.items()]
-    result.details["n"] = x.numel()
     return curve
 
 

@@ -152,8 +152,8 @@ class _Rate:
 
         def progress(event: Any) -> None:
             events.append((time.perf_counter(), event.samples, self.clock.seconds))
-            # Two events span a stretch of full pace.
-            if len(events) > 1 and event.samples >= self.spec["samples"]:
+            # What comes before the first event is not at full pace.
+            if event.samples - events[0][1] >= self.spec["samples"]:
                 signal.raise_signal(signal.SIGINT)
 
         start = time.perf_counter()

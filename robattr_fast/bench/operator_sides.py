@@ -65,7 +65,7 @@ def _noise(draw: Callable[[torch.Tensor, int, int], Any]) -> Callable[[Spec], Si
 
 def _noise_numpy(spec: Spec) -> Side:
     rng = np.random.default_rng(0)
-    x: np.ndarray = np.random.default_rng(1).random(spec["shape"], dtype=np.float32)
+    x = np.random.default_rng(1).random(tuple(spec["shape"]), dtype=np.float32)
 
     def draw() -> None:
         z = rng.standard_normal((spec["samples"], *spec["shape"]), dtype=np.float32)
