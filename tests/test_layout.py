@@ -13,7 +13,7 @@ PACKAGE = ROOT / "robattr_fast"
 
 # A module imports from its own entry here or from an earlier one; entries on one line may not import each other.
 LAYERS = [
-    {"errors", "build", "rounding", "allocator"},
+    {"errors", "build", "rounding", "allocator", "machine"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"exported"},

@@ -11,7 +11,7 @@ void soft_topk(Tensor out, Tensor pivot, Tensor offset, Tensor scores, int64_t k
   dispatch_key(rows.type, [&](auto tag) {
     using Key = decltype(tag);
     using Float = std::conditional_t<std::is_same_v<Key, int64_t>, double, float>;
-    const auto kernel = ROBATTR_DISPATCH(soft_topk_rows<Key>);
+    const auto kernel = ROBATTR_DISPATCH(wide::soft_topk_rows<Key>);
     auto* maps = static_cast<Float*>(out.mutable_data_ptr());
     auto* pivots = static_cast<Float*>(pivot.mutable_data_ptr());
     parallel_for(0, rows.count, rows_per_task(rows.n),

@@ -11,9 +11,15 @@
 
 #include "cpu/select.h"
 
-typedef double f64 __attribute__((vector_size(64)));
-typedef int64_t i64 __attribute__((vector_size(64)));
-typedef uint64_t u64 __attribute__((vector_size(64)));
+// Sixteen floats or eight doubles in every instruction set, whatever its registers hold: the order of sums is theirs.
+namespace wide {
+
+constexpr int kBytes = 64;
+typedef float f32 __attribute__((vector_size(kBytes)));
+typedef int32_t i32 __attribute__((vector_size(kBytes)));
+typedef double f64 __attribute__((vector_size(kBytes)));
+typedef int64_t i64 __attribute__((vector_size(kBytes)));
+typedef uint64_t u64 __attribute__((vector_size(kBytes)));
 
 #include "common/log64.h"
 
@@ -244,3 +250,5 @@ static void soft_topk_rows(const Rows& rows, int64_t begin, int64_t end, int64_t
     }
   }
 }
+
+}  // namespace wide

@@ -81,7 +81,7 @@ class _Run:
     def __post_init__(self) -> None:
         several = self.stop is not None and self.state.retained and self.samples >= 2
         self.moment_looks = set(look_schedule(self.samples)) if several else {self.samples}
-        self.looks = sorted(self.moment_looks | set(_betting_looks(self.samples))) if self.stop else [self.samples]
+        self.looks = sorted(self.moment_looks | set(betting_looks(self.samples))) if self.stop else [self.samples]
         self.wanted = [self._next_look(done) for done in self.state.done]
         for image in range(len(self.wanted)):
             self._look(image)
@@ -142,7 +142,7 @@ class _Run:
         self.last_save = time.monotonic()
 
 
-def _betting_looks(samples: int) -> Iterator[int]:
+def betting_looks(samples: int) -> Iterator[int]:
     """Multiples of 64, so that usual batches are not cut."""
     look = _FIRST_LOOK
     while look < samples:
