@@ -3,8 +3,8 @@
 One program finds the offset of one row by Newton's method, kept inside of a bracket, in as many passes over the row as
 that needs. With x_i = (s_i - pivot) / T - offset and q = sigmoid(-|x|) the sum of h exceeds k by
     (below + max(count - k, 0)) - (above + max(k - count, 0)),
-count the number of x >= 0, above and below the sums of q over these and over the others: nothing cancels. The logarithms
-of the two sides are nearly straight lines in the offset, both where T is large and where it is small.
+count the number of x >= 0, above and below the sums of q over these and over the others: nothing cancels. The
+logarithms of the two sides are nearly straight lines in the offset, both where T is large and where it is small.
 """
 
 import math

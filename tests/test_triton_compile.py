@@ -212,11 +212,13 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     numbers = ("shrink", "factor0", "factor1", "lowest", "highest", "settled", "resolution")
     compiled = Compiled(
         soft_topk.soft_topk_rows,
-        {"scores": pointer, "out": out, "pivots": out, "offsets": "*fp64", "k": "i32", **dict.fromkeys(numbers, "fp64")},
+        {"scores": pointer, "out": out, "pivots": out, "offsets": "*fp64", "k": "i32"} | dict.fromkeys(numbers, "fp64"),
         {"BLOCK": soft_topk._BLOCK},
         architecture,
         tmp_path,
     )
     print(compiled.registers, compiled.shared, compiled.stack)
     compiled.assert_within(registers, shared)
-    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+    # The logarithm and exponential of float64 look at high words so, which loses nothing.
+    flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
+    assert flushed <= {"abs.ftz.f32"}
