@@ -182,11 +182,11 @@ def smoothgrad(
             value is that of differentiable=False to the bit. The backward pass draws every batch again, so that memory
             does not grow with q; it costs about three times the time of the forward pass. Gradients hold the class of
             target=None constant, and the support as `sparsify` does.
-        progress: True prints lines to stderr, a callable is told (`SamplingProgress`), about twice a second; the
+        progress: True prints lines to stderr, a callable is told (`SamplingProgress`), about twice a second; of the
             forward pass only.
 
-    A model in training mode is refused, differentiable or not: active dropout and statistics of the batch make the map a
-    random function. A training loop calls model.eval() before and model.train() after; the map keeps eval mode, as
+    A model in training mode is refused, differentiable or not: active dropout and statistics of the batch make the map
+    a random function. A training loop calls model.eval() before and model.train() after; the map keeps eval mode, as
     the private copy does, in its backward pass.
 
     Returns:

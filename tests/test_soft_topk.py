@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from _operators import DTYPES, INTERPRETED, KINDS, backend, examples, make_row, rows, strided
+from _operators import DTYPES, INTERPRETED, KINDS, LONG_KINDS, backend, examples, make_row, rows, strided
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import robattr_fast as rf
 
 __all__ = ["backend"]
+
+LONG = 1_500 if INTERPRETED else 8_195  # more than one block of a kernel
 
 # Three roundings of x, of 3 u |x| at most, and one of y move h by less than u (3 max x exp(-x) + ln(n) / 4) < 4 u; the
 # sums' roundings come on top.
@@ -52,7 +54,7 @@ def check(h: torch.Tensor, row: np.ndarray, k: int, temperature: float):
     ratio=st.one_of(st.floats(-4, 3).map(lambda e: 10.0**e), st.sampled_from([1e-4, 1e3])),
     step=st.integers(1, 3),
 )
-@examples(12 if INTERPRETED else 120)
+@examples(120)
 def test_against_bisection(backend, row, share, ratio, step):
     assume(row.size > 1 and (row.size <= 1100 or not INTERPRETED))  # an interpreted pass over a block takes 1 ms
     k = min(max(1, round(share * row.size)), row.size - 1)
@@ -60,11 +62,11 @@ def test_against_bisection(backend, row, share, ratio, step):
     check(rf.soft_topk(strided(row, step), k, temperature), row, k, temperature)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", LONG_KINDS)
 @pytest.mark.parametrize("ratio", [1e-4, 0.03])
 def test_long_rows(backend, kind, ratio):
-    row = make_row(kind, 8_195, seed=1)
-    for k in (800, 8_194):
+    row = make_row(kind, LONG, seed=1)
+    for k in (800, LONG - 1):
         temperature = ratio * scale(row)
         check(rf.soft_topk(torch.from_numpy(row), k, temperature), row, k, temperature)
 
@@ -125,7 +127,7 @@ def test_rows_with_nan_or_inf_are_nan_and_others_are_not(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_strides(backend, dtype):
-    scores = torch.randn(2, 3, 90).to(dtype)
+    scores = torch.randn(2, 3, 9 if INTERPRETED else 90).to(dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for view in (scores, scores.transpose(0, 1), scores[..., ::3], scores.transpose(1, 2), scores.flip(1)):
         h = rf.soft_topk(view, 2, 0.2)

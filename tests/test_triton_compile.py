@@ -21,6 +21,7 @@ from robattr_fast.kernels import (  # noqa: E402
     count_sparsified,
     noisy_samples,
     packed_gram,
+    soft_topk,
     sparsify,
 )
 
@@ -202,3 +203,22 @@ def test_packed_gram(architecture, bits, tmp_path):
     compiled.assert_within(registers=248, shared=16384)
     tensor_core = {80: "IMMA", 90: "IGMMA", 100: "IMMA"}[architecture]
     assert any(line.split()[0].startswith(tensor_core) for line in compiled.sass), "tensor cores are not used"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("pointer", "registers", "shared"), [("*fp32", 96, 64), ("*bf16", 96, 64), ("*fp64", 192, 64)])
+def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
+    out = "*fp64" if pointer == "*fp64" else "*fp32"
+    numbers = ("shrink", "factor0", "factor1", "lowest", "highest", "settled", "resolution")
+    compiled = Compiled(
+        soft_topk.soft_topk_rows,
+        {"scores": pointer, "out": out, "pivots": out, "offsets": "*fp64", "k": "i32"} | dict.fromkeys(numbers, "fp64"),
+        {"BLOCK": soft_topk._BLOCK},
+        architecture,
+        tmp_path,
+    )
+    print(compiled.registers, compiled.shared, compiled.stack)
+    compiled.assert_within(registers, shared)
+    # The logarithm and exponential of float64 look at high words so, which loses nothing.
+    flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
+    assert flushed <= {"abs.ftz.f32"}
