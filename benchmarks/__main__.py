@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: `robattr-fast bench` from a checkout; ``python -m benchmarks render`` writes the documents."""
+"""``python -m benchmarks``: `robattr-fast bench` from a checkout; ``... render`` writes the documents."""
 
 import sys
 

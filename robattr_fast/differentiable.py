@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robattr_fast import model as _model
@@ -45,17 +44,33 @@ class Recomputation:
         self._surroundings = _Surroundings(x.device.type)
 
     def check(self, first_sample: int) -> None:
-        """ModelError, naming the operator and a remedy, if the model cannot be differentiated twice: tried on one row."""
+        """ModelError, naming operator and remedy, if the model cannot be differentiated twice: tried on one row.
+
+        An operator that hides a second derivative that it does have (whose backward leaves autograd) cannot be told
+        from one whose second derivative is zero.
+        """
+        scaled = _Scaled(self.model)
 
         def attempt(segments, batch, target):
-            self._gradients(segments, batch, target, torch.ones_like(self.sampler.x), [True] * (1 + len(self._own)))
+            gradient, _ = _model.input_gradient(scaled, batch.detach().requires_grad_(), target, create_graph=True)
+            with torch.enable_grad():
+                maps = self.f(gradient)
+            # Through all of the graph: what does not lead to an input that is asked for would be left out, and so
+            # would an operator there that only says in its backward that it has none.
+            maps.backward(torch.ones_like(maps))
 
+        def functions(segments, batch, target):
+            return _python_functions(_model.forward(self.model, batch.detach().requires_grad_()))
+
+        first = [Segment(0, first_sample, 1)]
         try:
-            self.sampler.apply([Segment(0, first_sample, 1)], attempt)
+            self.sampler.apply(first, attempt)
         except ModelError:
             raise
         except Exception as error:  # whatever an operator says that has no second derivative
-            raise _explained(error, self.model, self.sampler.x[:1]) from error
+            raise ModelError(_explanation(error, self.sampler.apply(first, functions))) from error
+        finally:
+            self.model.zero_grad()
 
     def attach(self, value: torch.Tensor, first_sample: int, samples: int) -> torch.Tensor:
         """``value`` [B, *S], the smoothed map, with a graph to x and to the model's parameters."""
@@ -131,10 +146,43 @@ class _Attach(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
-        _ = ctx.saved_tensors  # raises if x or a parameter was changed in place since
-        return None, None, *ctx.pull_back(gradient, ctx.needs_input_grad[2:])
+        inputs = ctx.saved_tensors  # raises if x or a parameter was changed in place since
+        gradients = ctx.pull_back(gradient.detach(), ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():
+            present = [g for g in gradients if g is not None]
+            barred = iter(_Barrier.apply(len(present), *present, gradient, *inputs))
+            gradients = [None if g is None else next(barred) for g in gradients]
+        return None, None, *gradients
+
+
+class _Barrier(torch.autograd.Function):
+    """The first ``count`` tensors as they are; a gradient of them is an error and not a silent zero.
+
+    The others are what they depend on. (`once_differentiable` lets a gradient pass unnoticed that is taken with respect
+    to named inputs, since nothing leads there.)
+    """
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("smoothgrad(differentiable=True) can be differentiated once, not twice")
+
+
+class _Scaled(nn.Module):
+    """The model times a parameter that is 1: so that of every operator's backward the input requires gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self.model(batch)
+        return logits * self.one.to(logits)
 
 
 class _Surroundings:
@@ -162,26 +210,20 @@ def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _explained(error: Exception, model: nn.Module, x: torch.Tensor) -> ModelError:
-    """What stops a second derivative, and what to do about it."""
+def _explanation(error: Exception, functions: set[str]) -> str:
+    """Who has no second derivative, and what to do; ``functions`` are the torch.autograd.Functions in the model."""
     missing = _MISSING_DERIVATIVE.search(str(error))
+    who = missing[1] if missing else f"an operator (of its own: {', '.join(sorted(functions))})" if functions else "it"
+    remedy = "use an operator that has one"
     if missing and "attention" in missing[1]:
-        who, remedy = (
-            missing[1],
-            ("call smoothgrad under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use rf.linear_attention"),
-        )
-    elif missing:
-        who, remedy = missing[1], "use an operator that has one"
-    else:
-        functions = ", ".join(sorted(_python_functions(_model.forward(model, x.clone().requires_grad_()))))
-        who = f"an operator (of its own: {functions})" if functions else "an operator"
-        remedy = "use one that has"
-    return ModelError(f"model: {who} has no second derivative, which differentiable=True needs; {remedy} ({error})")
+        remedy = "call smoothgrad under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use rf.linear_attention"
+    return f"model: {who} has no second derivative, which differentiable=True needs; {remedy} ({error})"
 
 
 def _python_functions(logits: torch.Tensor) -> set[str]:
     """Names of the torch.autograd.Functions in the graph of the logits."""
-    names, seen, left = set(), set(), [logits.grad_fn]
+    names: set[str] = set()
+    seen, left = set(), [logits.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:

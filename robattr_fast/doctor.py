@@ -206,6 +206,19 @@ def _check_packed_gram(device: torch.device) -> list[Case]:
     return cases
 
 
+def _check_soft_topk(device: torch.device) -> list[Case]:
+    # So cold that every sigmoid is 0 or 1 in every backend's arithmetic.
+    small = torch.tensor([3.0, -1.0, 2.0, 0.0, 9.0], device=device)
+    known = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    cases = [("a row known by heart", ops.soft_topk(small, 3, 1e-3), known)]
+    scores = _scores(device)[..., :300].double()
+    scores = torch.where(scores < 1e6, scores, 1.0)
+    for temperature in (10.0, 1e4, 1e8):
+        got, expected = ops.soft_topk(scores, 30, temperature), reference.soft_topk(scores, 30, temperature)[0]
+        cases.append(_close(f"T={temperature:g}", got, expected, torch.ones(())))
+    return cases
+
+
 def _check_betting_bounds(device: torch.device) -> list[Case]:
     counts = torch.tensor([[[0], [1]]], dtype=torch.int32, device=device)
     lower, upper = ops.betting_bounds(counts, 1, 0.1)
@@ -293,6 +306,7 @@ CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
     "noisy_samples": _check_noisy_samples,
     "topk_threshold": _check_topk_threshold,
     "sparsify": _check_sparsify,
+    "soft_topk": _check_soft_topk,
     "count_sparsified_": _check_count_sparsified_,
     "packed_gram": _check_packed_gram,
     "betting_bounds": _check_betting_bounds,

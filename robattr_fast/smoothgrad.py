@@ -31,11 +31,14 @@ from robattr_fast.sampling import (
 
 _REPORT_SECONDS = 0.5
 
+RowMap = Callable[[torch.Tensor], torch.Tensor]
+"""Gradients [N, *S] to maps [N, *S], each row by itself."""
+
 
 class _Mean:
     """Running float64 sum of f(gradient) over samples."""
 
-    def __init__(self, f: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> None:
+    def __init__(self, f: RowMap, like: torch.Tensor) -> None:
         self.f = f
         self.sum = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
 
@@ -86,14 +89,11 @@ def _check_finite(scored: Scored) -> None:
 KINDS = ("plain", "absolute", "squared", "vargrad", "scaled", "sparsified", "soft_topk")
 DIFFERENTIABLE_KINDS = ("plain", "absolute", "squared", "sparsified", "soft_topk")
 
-RowMap = Callable[[torch.Tensor], torch.Tensor]
-"""Gradients [N, *S] to maps [N, *S], each row by itself."""
-
 
 def _row_map(
     kind: str, n: int, tau: float, gamma: float | None, levels: int | None, temperature: float | None
 ) -> RowMap:
-    """What `smoothgrad` averages; n is the number of elements of a row."""
+    """What `smoothgrad` averages (vargrad: of what it takes the variance); n is the number of elements of a row."""
     if kind == "soft_topk":
         if temperature is None:
             raise ValueError("temperature: got None, takes a number > 0 for kind='soft_topk'")
@@ -110,6 +110,7 @@ def _row_map(
         "plain": lambda g: g,
         "absolute": torch.abs,
         "squared": lambda g: g.double() ** 2,
+        "vargrad": lambda g: g,
         "scaled": _min_max,
         "sparsified": lambda g: sparsify(g.abs().flatten(1), tau, gamma, levels=levels).view_as(g),
     }
@@ -181,12 +182,12 @@ def smoothgrad(
             value is that of differentiable=False to the bit. The backward pass draws every batch again, so that memory
             does not grow with q; it costs about three times the time of the forward pass. Gradients hold the class of
             target=None constant, and the support as `sparsify` does.
-        progress: True prints lines to stderr, a callable is told (`SamplingProgress`), about twice a second; the forward
-            pass only.
+        progress: True prints lines to stderr, a callable is told (`SamplingProgress`), about twice a second; the
+            forward pass only.
 
     A model in training mode is refused, differentiable or not: active dropout and statistics of the batch make the map a
-    random function. A training loop calls model.eval() before and model.train() after; the map keeps eval mode, as the
-    private copy does, in its backward pass.
+    random function. A training loop calls model.eval() before and model.train() after; the map keeps eval mode, as
+    the private copy does, in its backward pass.
 
     Returns:
         [B, *S] in x's dtype (float32 for half types), detached unless differentiable.
@@ -205,11 +206,8 @@ def smoothgrad(
     tau, gamma = _check.fractions(tau, gamma)
     if differentiable:
         _check_differentiable(kind, levels)
-    if kind == "vargrad":
-        accumulator: _Mean | _Variance = _Variance(x)
-    else:
-        row_map = _row_map(kind, x[0].numel(), tau, gamma, levels, temperature)
-        accumulator = _Mean(row_map, x)
+    row_map = _row_map(kind, x[0].numel(), tau, gamma, levels, temperature)
+    accumulator = _Variance(x) if kind == "vargrad" else _Mean(row_map, x)
     sampler = Sampler(
         _model.private_copy(model),
         x,

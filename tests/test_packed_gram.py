@@ -7,6 +7,7 @@ import torch
 from _operators import INTERPRETED, LONG_ROW, backend
 
 from robattr_fast import _extension
+from robattr_fast.certify.moments import grow_gram
 from robattr_fast.ops import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
 
@@ -66,13 +67,10 @@ def test_gram_of_the_largest_values_is_exact() -> None:
 @pytest.mark.usefixtures("backend")
 def test_gram_grows_by_new_rows() -> None:
     rows = pack_levels(random_levels((150, 777), 15), 15)
-    old, new = rows[:70], rows[70:]
-    grown = torch.empty(150, 150, dtype=torch.int64)
-    grown[:70, :70] = packed_gram(old, 15)
-    grown[70:, :70] = packed_gram(new, 15, old)
-    grown[:70, 70:] = grown[70:, :70].T
-    grown[70:, 70:] = packed_gram(new, 15)
-    assert torch.equal(grown, packed_gram(rows, 15))
+    gram = None
+    for size in (1, 70, 70, 150):
+        gram = grow_gram(gram, rows[:size], 15)
+        assert torch.equal(gram, packed_gram(rows[:size], 15))
 
 
 @pytest.mark.skipif(not _extension.load()[0], reason="the extension is not built")

@@ -56,7 +56,7 @@ def with_second_moments(n=360, samples=600, k_tau=36):
     return Certificate(
         counts=maps.sum(0, dtype=torch.int32)[None, :, None],
         samples=torch.tensor([samples]),
-        gram_summary=summary_row(reference.pack_levels(maps, 1), 1, 0)[None],
+        gram_summary=summary_row(reference.packed_gram(reference.pack_levels(maps, 1), 1), 1, 0)[None],
         settings=Settings(
             sigma=0.5, shape=(3, 12, 10), tau=0.1, planned_samples=(samples,), second_moment=True, retain=samples
         ),

@@ -54,7 +54,7 @@ def check(h: torch.Tensor, row: np.ndarray, k: int, temperature: float):
 )
 @examples(12 if INTERPRETED else 120)
 def test_against_bisection(backend, row, share, ratio, step):
-    assume(row.size > 1)
+    assume(row.size > 1 and (row.size <= 1100 or not INTERPRETED))  # an interpreted pass over a block takes 1 ms
     k = min(max(1, round(share * row.size)), row.size - 1)
     temperature = min(max(ratio * scale(row), 5e-324), 1e308)
     check(rf.soft_topk(strided(row, step), k, temperature), row, k, temperature)
@@ -146,7 +146,7 @@ def eager(scores, k, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 10.0])
-@pytest.mark.parametrize("n", [784, 9_000])
+@pytest.mark.parametrize("n", [784, 3_072] if INTERPRETED else [784, 9_000])
 def test_error_against_plain_pytorch(backend, n, temperature):
     scores = torch.randn(4, n)
     exact = torch.from_numpy(np.stack([by_bisection(row, n // 10, temperature) for row in scores.double().numpy()]))

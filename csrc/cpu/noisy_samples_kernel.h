@@ -44,7 +44,7 @@ ROBATTR_INLINE void emit(const float* x, float sigma, f32 z, c10::BFloat16* out)
 
 ROBATTR_INLINE void emit(const float* x, float sigma, f32 z, c10::Half* out) {
   const f32 noisy = load(x) + sigma * z;
-#if ROBATTR_ISA >= ROBATTR_ISA_AVX512
+#if ROBATTR_ISA == ROBATTR_ISA_AVX512
   const __m256i result = _mm512_cvtps_ph((__m512)noisy, _MM_FROUND_TO_NEAREST_INT);
 #elif ROBATTR_ISA == ROBATTR_ISA_AVX2
   const __m128i result = _mm256_cvtps_ph((__m256)noisy, _MM_FROUND_TO_NEAREST_INT);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,8 +45,10 @@ def overlaps(cert: Certificate) -> dict[str, float]:
     k = int(K_SHARE * cert.settings.n)
     assert cert.counts is not None
 
-    def of_counts(**evaluation: object) -> float:
-        same = Certificate.from_counts(cert.counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
+    counts = cert.counts
+
+    def of_counts(**evaluation: Any) -> float:
+        same = Certificate.from_counts(counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
         return float(same.overlap(k, RADIUS, method="marginal").share[0])
 
     return {

@@ -55,7 +55,9 @@ _SIZES = [1, 2, 4, 8, 16, 32]
 
 
 def _said(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    kept = {name: rows[-1][name] for name in ("batch_size", "memory_format", "setup") if name in rows[-1]}
+    kept: dict[str, Any] = {
+        name: rows[-1][name] for name in ("batch_size", "memory_format", "setup") if name in rows[-1]
+    }
     return {**spread([1e3 * rate for rate in rates(rows)]), "rounds": len(rows), **kept}
 
 

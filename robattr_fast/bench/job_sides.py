@@ -121,7 +121,7 @@ class _ModelClock:
         from robattr_fast import model
 
         self.seconds, self._scores = 0.0, model.scores
-        model.scores = self._timed
+        model.scores = self._timed  # type: ignore[assignment]
 
     def _timed(self, *arguments: Any) -> Any:
         start = time.perf_counter()
@@ -140,7 +140,8 @@ class _Rate:
     def __init__(self, spec: Spec) -> None:
         self.spec, self.clock = spec, _ModelClock()
         self.model, self.x = model_and_image(spec)
-        self.first, self.batches = 0, {}
+        self.first = 0
+        self.batches: dict[str, Any] = {}
         self.setup = self._call()["setup"]
 
     def __call__(self) -> dict[str, Any]:
@@ -252,6 +253,8 @@ def _gate_job(spec: Spec) -> str:
     untied = int((~tied).sum())
     if untied < samples:
         return f"certify: {samples - untied} of {samples} rows of this model tie at the threshold: choose another"
+    assert ours.counts is not None
+    assert ours.class_counts is not None
     flipped = int((ours.counts[0, :, 0] - theirs).abs().sum())
     if flipped > 0.02 * samples * k_tau:
         return f"certify: {flipped} of {samples * k_tau} selections are not those of a plain loop on the same noise"

@@ -65,7 +65,7 @@ def _noise(draw: Callable[[torch.Tensor, int, int], Any]) -> Callable[[Spec], Si
 
 def _noise_numpy(spec: Spec) -> Side:
     rng = np.random.default_rng(0)
-    x = np.random.default_rng(1).random(spec["shape"], dtype=np.float32)
+    x: np.ndarray = np.random.default_rng(1).random(spec["shape"], dtype=np.float32)
 
     def draw() -> None:
         z = rng.standard_normal((spec["samples"], *spec["shape"]), dtype=np.float32)
@@ -95,7 +95,11 @@ def _noise_keyed(x: torch.Tensor, samples: int, call: int) -> None:
 def _gate_noise(spec: Spec) -> str:
     for shape, samples in (((2, 3, 37, 41), 5), ((1, *spec["shape"]), 1)):
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        options = {"seed": 2**63 + 5, "first_sample": 2**31 - 3, "image_ids": torch.arange(shape[0]) + 7}
+        options: dict[str, Any] = {
+            "seed": 2**63 + 5,
+            "first_sample": 2**31 - 3,
+            "image_ids": torch.arange(shape[0]) + 7,
+        }
         ours, known = (f(x, SIGMA, samples, **options) for f in (rf.noisy_samples, rf.reference.noisy_samples))
         if not torch.equal(ours, known):
             return f"noisy_samples: {int((ours != known).sum())} of {known.numel()} elements are not the reference's"

@@ -131,9 +131,9 @@ def plot(found: Records) -> str:
     if not _curves(found):
         return "Not measured yet.\n"
     return (
-        f"![Certified overlap against wall time]({{plot}})\n\n"
-        "*Certified share of the top 20 % at L2 radius .06 against wall time, from the same noisy samples: the published\n"
-        "procedure at its own pace, and the better of T3/T4 and T7 at ours.*\n"
+        "![Certified overlap against wall time]({plot})\n\n"
+        "*Certified share of the top 20 % at L2 radius .06 against wall time, from the same noisy samples: the\n"
+        "published procedure at its own pace, and the better of T3/T4 and T7 at ours.*\n"
     )
 
 

@@ -22,15 +22,32 @@ def no_summary(images: int) -> torch.Tensor:
     return torch.zeros(images, SUMMARY_COLUMNS, dtype=torch.float64)
 
 
-def summary_row(rows: torch.Tensor, num_levels: int, invalid: int) -> torch.Tensor:
-    """``gram_summary`` float64 [8] of packed rows uint8 [m, row_bytes], ``invalid`` of them not finite.
+def summary_row(gram: torch.Tensor, num_levels: int, invalid: int) -> torch.Tensor:
+    """``gram_summary`` float64 [8] from the Gram matrix int64 [m, m] of packed rows, ``invalid`` of them not finite.
 
     Zeros for fewer than 4 rows, from which nothing follows.
     """
-    if len(rows) < _FEWEST_ROWS:
+    if len(gram) < _FEWEST_ROWS:
         return no_summary(1)[0]
-    summary = summarize_gram(packed_gram(rows, num_levels), num_levels)
-    return torch.from_numpy(np.append(summary.to_array(), float(invalid)))
+    return torch.from_numpy(np.append(summarize_gram(gram, num_levels).to_array(), float(invalid)))
+
+
+def grow_gram(gram: torch.Tensor | None, rows: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """The Gram matrix int64 [m, m] of packed rows uint8 [m, row_bytes], given that of the first few (or None).
+
+    Only products with a new row are formed: to grow to m costs as much, in all, as one matrix of m rows.
+    """
+    if gram is None:
+        return packed_gram(rows, num_levels)
+    old, new = rows[: len(gram)], rows[len(gram) :]
+    if len(new) == 0:
+        return gram
+    grown = gram.new_empty((len(rows), len(rows)))
+    grown[: len(old), : len(old)] = gram
+    grown[len(old) :, len(old) :] = packed_gram(new, num_levels)
+    grown[len(old) :, : len(old)] = packed_gram(new, num_levels, old)
+    grown[: len(old), len(old) :] = grown[len(old) :, : len(old)].T
+    return grown
 
 
 class Moments:

@@ -11,7 +11,7 @@ import torch
 from robattr_fast import model as _model
 from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.moments import no_summary, summary_row
+from robattr_fast.certify.moments import grow_gram, no_summary, summary_row
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
@@ -185,6 +185,8 @@ class Retained:
         self.filled = self.invalid = 0
         self.packed: torch.Tensor | None = None
         self._summary: torch.Tensor | None = None
+        # Of the rows at the last look: int64 [m, m], at most (retain/2)^2 of them, since looks double. Not saved.
+        self._gram: torch.Tensor | None = None
 
     @property
     def missing(self) -> int:
@@ -210,6 +212,7 @@ class Retained:
         self._summary = None
         if self.complete:
             self.summary()
+            self._gram = None
             if not self.keep:
                 self.packed = None
 
@@ -219,7 +222,8 @@ class Retained:
             if self.packed is None:
                 return no_summary(1)[0]
             assert self.settings.levels is not None
-            self._summary = summary_row(self.packed[: self.filled].cpu(), self.settings.levels, self.invalid)
+            self._gram = grow_gram(self._gram, self.packed[: self.filled].cpu(), self.settings.levels)
+            self._summary = summary_row(self._gram, self.settings.levels, self.invalid)
         return self._summary
 
     def restore(self, done: int, invalid: int, summary: torch.Tensor, rows: torch.Tensor | None) -> None:

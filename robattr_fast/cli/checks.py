@@ -7,7 +7,7 @@ import math
 import torch
 
 from robattr_fast.certify import Certificate
-from robattr_fast.certify.moments import summary_row
+from robattr_fast.certify.moments import grow_gram, summary_row
 from robattr_fast.cli.results import Row, label
 from robattr_fast.reference._pack_levels import unpack_levels
 from robattr_fast.reference._select import selected
@@ -40,7 +40,7 @@ def sample_faults(cert: Certificate) -> list[str]:
     faults = []
     for image, (packed, summary) in enumerate(zip(cert.packed, cert.gram_summary, strict=True)):
         rows, rest = packed[: int(summary[0])], packed[int(summary[0]) :]
-        again = summary_row(rows, levels, int(summary[-1]))
+        again = summary_row(grow_gram(None, rows, levels), levels, int(summary[-1]))
         if rest.any() or not torch.allclose(again, summary, rtol=_TOLERANCE, atol=0.0):
             faults.append(f"gram_summary: image {image} has other second moments than its packed samples")
         shown = _level_counts(rows, levels, cert.settings.n)

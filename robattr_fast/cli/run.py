@@ -67,12 +67,18 @@ class Run:
             except (*_IMAGE_FAILURES, *EXPECTED) as error:
                 self._failed([source], error)
                 continue
-            if group and (image.x.shape != group[0].x.shape or len(group) == _shared(image.x)):
+            if group and (image.x.shape != group[0].x.shape or len(group) == self._together(image.x)):
                 yield group
                 group = []
             group.append(image)
         if group:
             yield group
+
+    def _together(self, x: torch.Tensor) -> int:
+        """How many images like this one share their batches: without a stop rule one image fills its own."""
+        if self.settings["stop_overlap"] is None:
+            return 1
+        return max(1, min(_SHARED_IMAGES, _SHARED_ELEMENTS // x.numel()))
 
     def _certify(self, group: list[_Image]) -> bool:
         """The certificates of a group, found or made; whether Ctrl-C ended it."""
@@ -148,11 +154,6 @@ class Run:
         for source in sources:
             self.results.fail(source.name, source.path, message)
             report(message if str(source.path) in message else f"{source.path}: {message}")
-
-
-def _shared(x: torch.Tensor) -> int:
-    """How many images like this one share their batches."""
-    return max(1, min(_SHARED_IMAGES, _SHARED_ELEMENTS // x.numel()))
 
 
 def _written(

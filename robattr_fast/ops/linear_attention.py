@@ -53,10 +53,10 @@ def linear_attention(
 
     Returns:
         [B, H, Nq, Dv] in the dtype of q; sums are float32, for float64 float64. A row that sees nothing, or whose
-        denominator is 0, gives zeros, and so are its gradients. Differentiable to every order in q, k and v; the first
-        and second derivatives have kernels of their own, linear in time and memory, and only inputs are kept for them.
-        Higher ones go through the definition, which is quadratic. Under autocast q, k and v are cast as
-        torch.nn.functional.scaled_dot_product_attention casts them.
+        denominator is 0 (or so small that its reciprocal overflows), gives zeros, and so are its gradients.
+        Differentiable to every order in q, k and v; the first and second derivatives have kernels of their own, linear
+        in time and memory, and only inputs are kept for them. Higher ones go through the definition, which is
+        quadratic. Under autocast q, k and v are cast as torch.nn.functional.scaled_dot_product_attention casts them.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -149,28 +149,31 @@ def _run_double_backward(u_q, u_k, u_v, grad, q, k, v, *settings):
     return gradients
 
 
-def _keywords(feature_map, causal, normalize, key_padding_mask, eps):
-    return {
-        "feature_map": feature_map,
-        "causal": causal,
-        "normalize": normalize,
-        "key_padding_mask": key_padding_mask,
-        "eps": eps,
-    }
+def _define(definition, tensors, feature_map, causal, normalize, key_padding_mask, eps):
+    """Results of a function of reference/, in its own dtypes whatever autocast is in force."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return definition(
+            *tensors,
+            feature_map=feature_map,
+            causal=causal,
+            normalize=normalize,
+            key_padding_mask=key_padding_mask,
+            eps=eps,
+        )
 
 
 def _run_reference(q, out, k, v, *settings):
-    out.copy_(_reference(q, k, v, **_keywords(*settings)))
+    out.copy_(_define(_reference, (q, k, v), *settings))
 
 
 def _run_reference_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
-    found = _reference_backward(grad, q, k, v, **_keywords(*settings))
+    found = _define(_reference_backward, (grad, q, k, v), *settings)
     for out, value in zip((grad_q, grad_k, grad_v), found, strict=True):
         out.copy_(value)
 
 
 def _run_reference_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
-    found = _reference_double_backward(u_q, u_k, u_v, grad, q, k, v, **_keywords(*settings))
+    found = _define(_reference_double_backward, (u_q, u_k, u_v, grad, q, k, v), *settings)
     for out, value in zip((of_grad, of_q, of_k, of_v), found, strict=True):
         out.copy_(value)
 
@@ -247,7 +250,7 @@ def _triple_backward(ctx, *grads):
     with torch.enable_grad():
         # Views, because one tensor may be several arguments, and each has its own gradient.
         inputs = [x.view_as(x) for x in tensors]
-        outputs = _reference_double_backward(*inputs, **_keywords(*settings))
+        outputs = _define(_reference_double_backward, inputs, *settings)
     wanted = [x for x in inputs if x.requires_grad]
     reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
@@ -261,9 +264,11 @@ def _triple_backward(ctx, *grads):
     return *(next(gradients) if x.requires_grad else None for x in inputs), *_NO_GRADIENTS
 
 
-for _name, _call in (
+for _name, _backward_call in (
     ("linear_attention", _backward),
     ("linear_attention_backward", _double_backward),
     ("linear_attention_double_backward", _triple_backward),
 ):
-    torch.library.register_autograd(f"robattr_fast::{_name}", _call, setup_context=_setup_context, lib=_schema.PUBLIC)
+    torch.library.register_autograd(
+        f"robattr_fast::{_name}", _backward_call, setup_context=_setup_context, lib=_schema.PUBLIC
+    )

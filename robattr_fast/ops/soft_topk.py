@@ -67,7 +67,8 @@ def _run_cpu(scores, h, pivot, offset, k, temperature):
 def _run_triton(scores, h, pivot, offset, k, temperature):
     from robattr_fast.kernels.soft_topk import soft_topk as launch
 
-    launch(*_rows(scores, h, pivot, offset), k, temperature)
+    h_rows, pivots, offsets, rows = _rows(scores, h, pivot, offset)
+    launch(h_rows, pivots, offsets, rows, k, temperature)
 
 
 backends.register("soft_topk", "triton", _run_triton, _extension.can_run_triton)
