@@ -208,6 +208,30 @@ def test_maps_of_kernel_attention():
         attention_maps(model, ids)
 
 
+def test_models_of_several_parts():
+    """CLIP: a causal text model beside a vision model, each with a configuration of its own."""
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 2, **SMALL},
+        vision_config={"image_size": 8, "patch_size": 4, "num_channels": 1, **SMALL},
+        projection_dim=8,
+    )
+    torch.manual_seed(2)
+    model = transformers.CLIPModel(config).eval()
+    arguments = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "pixel_values": torch.rand(1, 1, 8, 8)}
+    softmax = attention_maps(model, **arguments)
+    assert kernelize(model) == [("", "CLIPModel", "robattr_linear")]
+    kernel = attention_maps(model, **arguments)
+    assert list(kernel) == list(softmax)
+    assert len(kernel) == 4
+    for maps in (softmax, kernel):
+        for name, weights in maps.items():
+            assert bool((weights.triu(1) == 0).all()) == ("text" in name)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+    model.vision_model.set_attn_implementation("sdpa")
+    with pytest.raises(rf.ModelError, match="robattr_linear, sdpa, takes one"):
+        attention_maps(model, **arguments)
+
+
 def test_smoothgrad_explains_it():
     class Logits(torch.nn.Module):
         def __init__(self, model):

@@ -157,15 +157,18 @@ def set_implementation(model: Any, name: str) -> None:
     """Make a transformers model use a registered attention; ModelError if it keeps its own."""
     model.set_attn_implementation(name)
     # It only warns where the model's code does not go through the interface.
-    refused = [
-        type(m).__name__
-        for m in model.modules()
-        if hasattr(m, "set_attn_implementation") and m.config._attn_implementation != name
-    ]
+    refused = sorted(part for part, used in _implementations(model).items() if used != name)
     if refused:
-        raise ModelError(
-            f"model: {', '.join(sorted(set(refused)))} does not use the attention interface of transformers"
-        )
+        raise ModelError(f"model: {', '.join(refused)} does not use the attention interface of transformers")
+
+
+def _implementations(model: nn.Module) -> dict[str, str]:
+    """Attention implementation of each class of transformers models in ``model``, itself included."""
+    return {
+        type(part).__name__: part.config._attn_implementation
+        for part in model.modules()
+        if hasattr(part, "set_attn_implementation")
+    }
 
 
 @contextmanager
@@ -173,10 +176,13 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
     """Inside, every attention of a transformers model calls ``record(module, weights [B, H, Nq, Nk])`` as it runs.
 
     Raises:
-        ModelError: an implementation whose weights are not known here (takes eager, sdpa and those of `register`).
+        ModelError: an implementation whose weights are not known here (takes eager, sdpa and those of `register`), or
+            different ones in the parts of the model.
     """
     attention, mask = _interfaces()
-    before = model.config._attn_implementation
+    before, *others = sorted(set(_implementations(model).values()))
+    if others:
+        raise ModelError(f"model: its parts have the implementations {before}, {', '.join(others)}, takes one for all")
     implementation = attention().get(before)
     ours = getattr(implementation, "func", None) is attention_forward
     if not ours and before not in ("eager", "sdpa"):
