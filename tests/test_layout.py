@@ -18,7 +18,7 @@ LAYERS = [
     {"ops"},
     {"exported"},
     {"model"},
-    {"folding"},
+    {"folding", "step"},
     {"sampling"},
     {"differentiable"},
     {"smoothgrad", "nn"},
