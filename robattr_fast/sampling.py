@@ -20,6 +20,7 @@ from robattr_fast.errors import ModelError
 from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
+from robattr_fast.step import Step, can_capture
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -106,12 +107,15 @@ class Sampler:
         self.target = target
         self.explain = explain
         self.seed = _check.seed(seed)
-        self.image_ids = image_ids
+        self.image_ids = image_ids.to(x.device)
         self.least, self.most = _model.batch_sizes(model)
         self.folded = False
         self.batch_size = self._clamped(_FIRST_ROWS)
         self.memory_format = "contiguous"
         self._buffer = torch.empty(0)
+        self._step: Step | None = None
+        # A callable may do what no graph can repeat.
+        self._captures = can_capture(x.device) and isinstance(explain, str)
 
     def prepare(self) -> int:
         """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
@@ -233,11 +237,13 @@ class Sampler:
         self.memory_format = memory_format
         try:
             self._run(batch, size)  # first touch of this size: allocation, kernel selection
+            self._wait()
             best, spent = float("inf"), 0.0
             # A short batch is timed again: one interruption would decide the whole run.
             for _ in range(_TIMINGS):
                 start = time.perf_counter()
                 self._run(batch, size)
+                self._wait()
                 seconds = time.perf_counter() - start
                 best, spent = min(best, seconds), spent + seconds
                 if spent > _SHORT_SECONDS:
@@ -249,9 +255,46 @@ class Sampler:
         _logger.info("batches of %d rows do not fit into memory", size)
         return None
 
+    def _wait(self) -> None:
+        """Until the device has done what it was told; a CPU always has."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+
     def run(self, segments: Sequence[Segment]) -> list[Scored]:
-        """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`)."""
+        """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`).
+
+        Batches of one image are replays of a CUDA graph where the device has such and the model can be captured.
+        """
+        if len(segments) == 1 and self._captures:
+            scored = self._sparing(lambda: self._replay(_first_rows(segments, self.batch_size)[0]))
+            if scored is not None:
+                return [scored]
         return self.apply(segments, self._score)
+
+    def _replay(self, segment: Segment) -> Scored | None:
+        """One batch of one image by the captured step; None where the model cannot be captured."""
+        self._prepare_buffer(self.batch_size)
+        if self._step is None or self._step.model is not self.model or self._step.batch is not self._buffer:
+            self._step = None  # the old one's memory goes before the new one's comes
+            try:
+                self._step = Step(
+                    self.model,
+                    self._buffer,
+                    sigma=self.sigma,
+                    explain=self.explain,
+                    seed=self.seed,
+                    targeted=self.target is not None,
+                )
+            except Exception as error:  # of the model's own code, or of the driver
+                if _model.is_out_of_memory(error):
+                    raise
+                self._captures = False
+                _logger.info("batches run eagerly: the model cannot be captured as a CUDA graph (%s)", error)
+                return None
+        i = segment.image
+        target = None if self.target is None else self.target[i : i + 1]
+        scores, logits = self._step(self.x[i : i + 1], self.image_ids[i : i + 1], segment.first_sample, target)
+        return Scored(segment, scores[: segment.count], logits[: segment.count])
 
     def apply(self, segments: Sequence[Segment], work: Work[_T]) -> _T:
         """``work`` on one batch: the segments, their noisy rows [batch_size, *S] and the targets of these.
@@ -278,17 +321,21 @@ class Sampler:
                     rows = "one row" if self.batch_size == 1 else f"{self.batch_size} rows"
                     raise ModelError(f"model: it runs out of memory with {rows} per batch ({error})") from error
             # Outside of the handler: the error holds on to the frames, and so to the memory, of what failed.
-            self._buffer = torch.empty(0)
+            self._buffer, self._step = torch.empty(0), None
             self.batch_size //= 2
             _logger.warning("out of memory: going on with batches of %d rows", self.batch_size)
 
-    def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
-        """Noisy rows, as many as the segments have, into a buffer of just as many."""
+    def _prepare_buffer(self, batch_size: int) -> None:
+        """A buffer of as many rows, in the memory format chosen."""
         memory_format = MEMORY_FORMATS[self.memory_format]
         if self._buffer.shape[:1] != (batch_size,) or not self._buffer.is_contiguous(memory_format=memory_format):
             self._buffer = torch.empty(0)  # the old one goes before the new one comes
             shape = (batch_size, *self.x.shape[1:])
             self._buffer = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=memory_format)
+
+    def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
+        """Noisy rows, as many as the segments have, into a buffer of just as many."""
+        self._prepare_buffer(batch_size)
         row = 0
         for segment in segments:
             i = segment.image
@@ -311,8 +358,10 @@ class Sampler:
         surplus = batch_size - sum(segment.count for segment in segments)
         padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
         self._fill(padded, batch_size)
-        images = [segment.image for segment in padded for _ in range(segment.count)]
-        return self._buffer, None if self.target is None else self.target[images]
+        if self.target is None:
+            return self._buffer, None
+        # Indexing by a list would wait for the device.
+        return self._buffer, torch.cat([self.target[s.image : s.image + 1].expand(s.count) for s in padded])
 
     def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
         scores, logits = _model.scores(self.model, batch, target, self.explain)

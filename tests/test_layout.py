@@ -20,7 +20,7 @@ LAYERS = [
     {"ops"},
     {"exported"},
     {"model"},
-    {"folding"},
+    {"folding", "step"},
     {"sampling"},
     {"differentiable"},
     {"smoothgrad", "nn"},

@@ -19,6 +19,13 @@ from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.sampling import Scored
 
+_NONE = 2**63 - 1  # the first invalid sample where all are valid
+
+
+def _waits(tensor: torch.Tensor) -> bool:
+    """Whether to look at a value costs more than the look: the host would wait for the device."""
+    return tensor.device.type != "cpu"
+
 
 class State:
     """Counts (or sums, where levels is None), invalid samples and votes of B images, and which samples they hold."""
@@ -35,6 +42,7 @@ class State:
             self.counts = torch.zeros((images, settings.n, settings.levels), dtype=torch.int32, device=device)
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
+        self.first_invalid = torch.full((images,), _NONE, dtype=torch.int64, device=device)
         self.done = [0] * images
         self._sizes = torch.empty(0)
         keeps = settings.retain > 0 and settings.levels is not None
@@ -51,19 +59,28 @@ class State:
         assert segment.first_sample == first_sample + self.done[segment.image]
         scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
-        votes = scored.logits.argmax(dim=1)
-        if invalid:
+        valid = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+        if _waits(invalid) or bool(invalid):
+            self.invalid[segment.image] += invalid
             valid = torch.isfinite(scores).all(dim=1)
-            if self.settings.on_nonfinite == "raise":
-                sample = segment.first_sample + int((~valid).to(torch.int8).argmax())
+            samples = torch.arange(segment.first_sample, segment.first_sample + segment.count, device=valid.device)
+            first = torch.where(valid, _NONE, samples).amin()
+            self.first_invalid[segment.image] = torch.minimum(self.first_invalid[segment.image], first)
+            if not _waits(invalid):
+                self.check()
+        self.class_counts[segment.image].index_add_(0, scored.logits.argmax(dim=1), valid.to(torch.int32))
+        self.done[segment.image] += segment.count
+
+    def check(self) -> None:
+        """NonFiniteError for an invalid sample, unless the settings allow such. Waits for the device."""
+        if self.settings.on_nonfinite != "raise":
+            return
+        for image, sample in enumerate(self.first_invalid.tolist()):
+            if sample != _NONE:
                 raise NonFiniteError(
-                    f"model: sample {sample} of image {segment.image} gave NaN or infinite scores "
+                    f"model: sample {sample} of image {image} gave NaN or infinite scores "
                     "(on_nonfinite='zero' or 'abstain' certify such a map, the default 'raise' does not)"
                 )
-            votes = votes[valid]
-            self.invalid[segment.image] += invalid
-        self.class_counts[segment.image] += torch.bincount(votes, minlength=self.class_counts.shape[1]).to(torch.int32)
-        self.done[segment.image] += segment.count
 
     def scores(self, scored: Scored) -> torch.Tensor:
         """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class.
@@ -71,40 +88,44 @@ class State:
         Valid until the next call.
         """
         scores = scored.scores
+        # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
+        if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
+            self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
         if self.settings.explain in _model.EXPLANATIONS:
-            # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
-            if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
-                self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
             scores = torch.abs(scores, out=self._sizes)
+        else:
+            scores = self._sizes.copy_(scores)
         if self.settings.channel_sum:
             scores = scores.sum(dim=1)
         scores = scores.flatten(1)
-        classless = ~torch.isfinite(scored.logits).all(dim=1)
-        return scores.masked_fill(classless[:, None], torch.nan) if bool(classless.any()) else scores
+        # One NaN makes a row invalid.
+        scores[:, 0].masked_fill_(~torch.isfinite(scored.logits).all(dim=1), torch.nan)
+        return scores
 
-    def _count(self, image: int, scores: torch.Tensor) -> int:
-        """Add the maps of all rows; the number of invalid ones."""
+    def _count(self, image: int, scores: torch.Tensor) -> torch.Tensor:
+        """Add the maps of all rows; the number of invalid ones, int32 [] on the device."""
         tau, gamma = self.settings.tau, self.settings.gamma
         assert tau is not None
         if self.counts is not None:
-            counts, invalid = self.counts[image : image + 1], 0
+            counts, invalid = self.counts[image : image + 1], self.invalid.new_zeros(())
             kept = min(len(scores), self.retained[image].missing) if self.retained else 0
             if kept:
                 packed = self.retained[image].next_rows(kept)
-                invalid = int(count_sparsified_(counts, scores[None, :kept], tau, gamma, packed=packed[None]))
+                invalid += count_sparsified_(counts, scores[None, :kept], tau, gamma, packed=packed[None])[0]
                 self.retained[image].written(kept, invalid)
             if kept < len(scores):
-                invalid += int(count_sparsified_(counts, scores[None, kept:], tau, gamma))
+                invalid = invalid + count_sparsified_(counts, scores[None, kept:], tau, gamma)[0]
             return invalid
         assert self.sums is not None
         h = sparsify(scores, tau, gamma, levels=None)
         self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
-        return int(h.isnan().any(dim=1).sum())
+        return h.isnan().any(dim=1).sum(dtype=torch.int32)
 
     def certificate(
         self, first_sample: int, batch_size: int, image: int | None = None, *, moments: bool = True
     ) -> Certificate:
         """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
+        self.check()
         chosen = slice(None) if image is None else slice(image, image + 1)
         images = range(len(self.done))[chosen]
         settings = self.settings if image is None else self.settings.select([image])
@@ -148,7 +169,7 @@ class State:
         if self.retained:
             complete = [rows.summary() if final or rows.complete else no_summary(1)[0] for rows in self.retained]
             tensors["gram_summary"] = torch.stack(complete)
-            tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([rows.invalid for rows in self.retained])
+            tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([int(rows.invalid) for rows in self.retained])
             for image, rows in enumerate(self.retained):
                 if rows.packed is not None:
                     tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.packed[: rows.filled].cpu()
@@ -182,7 +203,8 @@ class Retained:
         self.keep = keep
         self.device = device
         self.capacity = min(settings.retain, planned)
-        self.filled = self.invalid = 0
+        self.filled = 0
+        self.invalid = torch.zeros((), dtype=torch.int32, device=device)
         self.packed: torch.Tensor | None = None
         self._summary: torch.Tensor | None = None
         # Of the rows at the last look: int64 [m, m], at most (retain/2)^2 of them, since looks double. Not saved.
@@ -205,10 +227,10 @@ class Retained:
             self.packed = torch.empty((self.capacity, row_bytes), dtype=torch.uint8, device=self.device)
         return self.packed[self.filled : self.filled + count]
 
-    def written(self, count: int, invalid: int) -> None:
-        """The next ``count`` rows are there, ``invalid`` of them of invalid samples."""
+    def written(self, count: int, invalid: torch.Tensor) -> None:
+        """The next ``count`` rows are there, ``invalid`` (int32 []) of them of invalid samples."""
         self.filled += count
-        self.invalid += invalid
+        self.invalid = self.invalid + invalid
         self._summary = None
         if self.complete:
             self.summary()
@@ -223,12 +245,13 @@ class Retained:
                 return no_summary(1)[0]
             assert self.settings.levels is not None
             self._gram = grow_gram(self._gram, self.packed[: self.filled].cpu(), self.settings.levels)
-            self._summary = summary_row(self._gram, self.settings.levels, self.invalid)
+            self._summary = summary_row(self._gram, self.settings.levels, int(self.invalid))
         return self._summary
 
     def restore(self, done: int, invalid: int, summary: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Go on from a checkpoint."""
-        self.filled, self.invalid = min(done, self.capacity), invalid
+        self.filled = min(done, self.capacity)
+        self.invalid.fill_(invalid)
         if self.complete:
             self._summary = summary
         elif rows is None and self.filled:
