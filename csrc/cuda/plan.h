@@ -79,7 +79,7 @@ inline Plan make_plan(int64_t n, int key_bytes, int levels, const Device& device
   }
   if (bytes > device.shared_per_block) {
     bytes = lay_out(1, false);
-    plan.list_capacity = static_cast<int>((device.shared_for_two - bytes) / key_bytes / 4 * 4);
+    plan.list_capacity = static_cast<int>(std::max<int64_t>(0, device.shared_for_two - bytes) / key_bytes / 4 * 4);
     bytes += static_cast<int64_t>(plan.list_capacity) * key_bytes;
   }
   plan.sampled = !plan.resident || n >= kShortestSampled ? kSamples / plan.cluster : 0;

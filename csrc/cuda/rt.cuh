@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
-// At most `threads` per block, at least `blocks` of them on a multiprocessor.
-#define ROBATTR_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// Takes the threads of a block at most, and the blocks that shall fit on a multiprocessor at least.
+#define ROBATTR_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define ROBATTR_DEVICE __device__ __forceinline__
 #define ROBATTR_INLINE static __device__ __forceinline__
 

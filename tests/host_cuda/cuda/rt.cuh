@@ -7,7 +7,7 @@
 
 #include "machine.h"
 
-#define ROBATTR_KERNEL(threads, blocks) static void
+#define ROBATTR_KERNEL(...) static void
 #define ROBATTR_DEVICE inline
 #define ROBATTR_INLINE static inline
 
@@ -49,12 +49,12 @@ T shuffle(T value, int source_lane, Site site = Site::current()) {
 
 template <class T>
 T shuffle_up(T value, int distance, Site site = Site::current()) {
-  return shuffle(value, lane() >= distance ? lane() - distance : lane(), site);
+  return rt::shuffle(value, lane() >= distance ? lane() - distance : lane(), site);
 }
 
 template <class T>
 T shuffle_xor(T value, int mask, Site site = Site::current()) {
-  return shuffle(value, lane() ^ mask, site);
+  return rt::shuffle(value, lane() ^ mask, site);
 }
 
 template <class T>
