@@ -56,7 +56,7 @@ namespace robattr_fast::host {
 using Site = std::source_location;
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 * 1024;
+constexpr size_t kStack = 64 * 1024;
 constexpr int kNobody = -1, kMany = -2;
 
 // In which order threads run between two barriers, and clusters one after another.
@@ -281,7 +281,8 @@ class Machine {
 
   void start(Fiber& fiber) {
     // what host_cuda_switch pops: six registers and the address to return to; a function is entered at 16 n + 8
-    auto* top = reinterpret_cast<void**>(fiber.stack + kStack) - 2;
+    // Equal offsets in all stacks would share few sets of the cache.
+    auto* top = reinterpret_cast<void**>(fiber.stack + kStack - (fiber.thread % 32 + 7 * fiber.warp) % 61 * 256) - 2;
     *top = reinterpret_cast<void*>(&Machine::enter);
     fiber.stack_pointer = top - 6;
   }
