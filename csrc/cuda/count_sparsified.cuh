@@ -67,6 +67,7 @@ class Counters {
   ROBATTR_DEVICE void flush() {
     if (!staged_ || rows_ == 0) return;
     rt::sync_threads();
+#pragma unroll 1
     for (int w = rt::thread_index(); w < words(); w += rt::block_size()) {
       const uint32_t word = words_.load(w);
       if (word == 0) continue;

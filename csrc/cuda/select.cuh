@@ -145,6 +145,7 @@ template <int kAhead, class Source, class F>
 ROBATTR_INLINE void each_quad(const Source& source, const F& f) {
   using Key = typename Source::Key;
   const int step = rt::block_size();
+#pragma unroll 1
   for (int base = 0; base < source.quads; base += kAhead * step) {
     rt::Quad<Key> keys[kAhead];
 #pragma unroll
@@ -211,6 +212,7 @@ class Selector {
     rt::cluster_sync();
     const int warps = rt::block_size() / rt::kWarp;
     Extremes<Key> all = no_extremes<Key>();
+#pragma unroll 1
     for (int i = rt::lane(); i < rt::cluster_size() * warps; i += rt::kWarp) {
       const rt::Shared<Key> theirs = slots.map_shared_rank(i / warps);
       all.low = least(all.low, theirs.load(i % warps * 2));
@@ -239,6 +241,7 @@ class Selector {
   template <class Source>
   ROBATTR_DEVICE Extremes<Key> select_streamed(const Source& source, int length, SampleRanks ranks, Interval<Key>& x) {
     Extremes<Key> sample = no_extremes<Key>();
+#pragma unroll 1
     for (int j = rt::thread_index(); j < plan_.sampled; j += rt::block_size()) {
       sample.include(source.key_at(sampled_place(j, length)));
     }
@@ -352,6 +355,7 @@ class Selector {
 
   ROBATTR_DEVICE int sum_of_totals() const {
     int sum = 0;
+#pragma unroll 1
     for (int rank = 0; rank < rt::cluster_size(); ++rank) sum += totals(turn_).map_shared_rank(rank).load(0);
     return sum;
   }
@@ -375,6 +379,7 @@ class Selector {
     if (rt::lane() == rt::kWarp - 1) scan_.store(rt::warp(), inclusive);
     rt::sync_threads();
     merged.before = inclusive - own;
+#pragma unroll 1
     for (int w = 0; w < rt::block_size() / rt::kWarp; ++w) {
       const int sum = scan_.load(w);
       merged.total += sum;
@@ -403,6 +408,7 @@ class Selector {
     const rt::Shared<int32_t> mine = bins(turn_);
     const UKey range = static_cast<UKey>(high) - static_cast<UKey>(low);
     const int shift = shift_of(low, high);
+#pragma unroll 1
     for (int j = rt::thread_index(); j < plan_.sampled; j += rt::block_size()) {
       count_key(mine, source.key_at(sampled_place(j, length)), high, range, shift);
     }

@@ -51,7 +51,9 @@ def missing() -> str:
 def compile_program(source: Path, *defines: str, csrc: Path = CSRC) -> Path:
     """The sanitized program of one source file, compiled once per content of all sources, whatever process asks."""
     digest = hashlib.sha256(" ".join([*FLAGS, *defines]).encode())
-    for path in sorted(p for folder in (HERE, csrc / "cuda", csrc / "common") for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(
+        p for folder in (HERE, csrc / "cuda", csrc / "common") for p in folder.rglob("*") if p.is_file()
+    ):
         if path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"robattr_fast_host_cuda_{os.getuid()}"
@@ -93,7 +95,9 @@ class HostMachine:
     def __init__(self, program: Path, device: Device, clusters: int) -> None:
         self._device, self._clusters = device, clusters
         self.path: Path_ | None = None
-        self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     def close(self) -> None:
         self._process.stdin.close()
