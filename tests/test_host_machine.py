@@ -23,7 +23,7 @@ THREADS = range(64)
         ("rotate", [(t + 1) % 64 for t in THREADS]),
         ("overwrite", [(t + 1) % 64 for t in THREADS]),
         ("count", [64 for t in THREADS]),
-        ("remote", [100 + t for t in THREADS] + [t for t in THREADS]),
+        ("remote", [100 + t for t in THREADS] + list(THREADS)),
         ("within-warp", [t ^ 1 for t in THREADS]),
         ("warp-operations", [15 for t in THREADS]),
     ],

@@ -1,5 +1,4 @@
 #include "cuda/count_sparsified.cuh"
-
 #include "cuda/launch.cuh"
 
 namespace robattr_fast::cuda {
@@ -23,7 +22,8 @@ bool count_sparsified_(Tensor counts, Tensor invalid, std::optional<Tensor> pack
                            static_cast<int32_t*>(invalid.mutable_data_ptr()),
                            packed ? static_cast<uint8_t*>(packed->mutable_data_ptr()) : nullptr,
                            packed ? packed->size(2) : 0};
-    launch(plan.resident ? &count_sparsified_kernel<Element, true> : &count_sparsified_kernel<Element, false>, a, device);
+    launch(plan.resident ? &count_sparsified_kernel<Element, true> : &count_sparsified_kernel<Element, false>, a,
+           device);
   });
   return false;
 }

@@ -1,8 +1,8 @@
 // Level counts and packed levels of sparsified maps; definition: robattr_fast/reference/count_sparsified.py.
 //
 // A thread has the same elements of every row, so that it can count in bytes of shared memory that nobody else touches.
-// They are added to the counts in global memory, where clusters may meet, when they might overflow or the image changes.
-// Where they do not fit, every selected element is one relaxed atomic addition.
+// They are added to the counts in global memory, where clusters may meet, when they might overflow or the image
+// changes. Where they do not fit, every selected element is one relaxed atomic addition.
 #pragma once
 
 #include "cuda/select.cuh"

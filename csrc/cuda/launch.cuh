@@ -13,7 +13,7 @@ namespace robattr_fast {
 inline Rows rows_of(const Tensor& scores) {
   const int64_t last = scores.dim() - 1, n = scores.size(last);
   STD_TORCH_CHECK(n <= INT32_MAX, "scores: got rows of ", n, " elements, takes at most 2^31 - 1");
-  return {scores.const_data_ptr(), scores.numel() / n, scores.size(last - 1),
+  return {scores.const_data_ptr(),          scores.numel() / n,      scores.size(last - 1),
           last == 2 ? scores.stride(0) : 0, scores.stride(last - 1), scores.stride(last)};
 }
 
@@ -72,10 +72,12 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, int device) {
   if (plan.cluster > 1) {
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
   } else {
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, plan.threads, config.dynamicSmemBytes));
+    STD_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel, plan.threads, config.dynamicSmemBytes));
     at_once *= attribute(cudaDevAttrMultiProcessorCount, device);
   }
-  STD_TORCH_CHECK(at_once > 0, "no cluster of ", plan.cluster, " blocks with ", plan.shared_bytes, " bytes each fits this GPU");
+  STD_TORCH_CHECK(at_once > 0, "no cluster of ", plan.cluster, " blocks with ", plan.shared_bytes,
+                  " bytes each fits this GPU");
   config.gridDim.x *= static_cast<unsigned>(std::min<int64_t>(at_once, arguments.rows.count));
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments));
 }

@@ -24,13 +24,13 @@ struct Device {
 
 // Byte offsets into the shared memory of a block.
 struct Plan {
-  int n, part;          // elements of a row, and of the part that one block holds (a multiple of 32)
-  int threads, cluster; // per block; blocks per cluster
-  int bins;             // of a histogram: a power of two, at most four per thread
-  int sampled;          // elements that each block samples; 0: none
-  bool resident;        // the row stays in shared memory; else it is streamed from global memory
-  int list_capacity;    // keys (streamed rows)
-  int exchange_bytes;   // of one of the two buffers through which blocks exchange histograms, totals and extremes
+  int n, part;           // elements of a row, and of the part that one block holds (a multiple of 32)
+  int threads, cluster;  // per block; blocks per cluster
+  int bins;              // of a histogram: a power of two, at most four per thread
+  int sampled;           // elements that each block samples; 0: none
+  bool resident;         // the row stays in shared memory; else it is streamed from global memory
+  int list_capacity;     // keys (streamed rows)
+  int exchange_bytes;    // of one of the two buffers through which blocks exchange histograms, totals and extremes
   int row, list, exchange, scan, edges, staged;  // offsets; staged < 0: no counters in shared memory
   int shared_bytes;
 };
@@ -49,8 +49,8 @@ inline SampleRanks sample_ranks(int64_t k, int64_t n) {
 
 // levels = 0: no counting.
 inline Plan make_plan(int64_t n, int key_bytes, int levels, const Device& device) {
-  constexpr int kComfortable = 12288;       // elements per block: 48 KB of floats
-  constexpr int kShortestSampled = 16384;   // elements per row
+  constexpr int kComfortable = 12288;      // elements per block: 48 KB of floats
+  constexpr int kShortestSampled = 16384;  // elements per row
   const auto round_up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; };
 
   Plan plan = {};

@@ -1,5 +1,5 @@
-// All that kernels in csrc/cuda may use of CUDA, so that they also run on a host: tests/host_cuda/cuda/rt.cuh is a second
-// implementation of this header that executes threads as fibers and watches shared memory.
+// All that kernels in csrc/cuda may use of CUDA, so that they also run on a host: tests/host_cuda/cuda/rt.cuh is a
+// second implementation of this header that executes threads as fibers and watches shared memory.
 //
 // Every function is called by all threads of its scope: those named sync_*, shuffle_*, ballot and cluster_sync by whole
 // warps, blocks or clusters.

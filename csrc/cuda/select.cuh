@@ -47,7 +47,8 @@ struct BFloat16 {
 struct Float16 {
   using Raw = uint16_t;
   using Key = int32_t;
-  // Exponent and fraction move into place; a multiplication by 2^(127 - 15), exact, mends the exponent, of denormals too.
+  // Exponent and fraction move into place; a multiplication by 2^(127 - 15), exact, mends the exponent, of denormals
+  // too.
   ROBATTR_INLINE Key bits(Raw raw) {
     const uint32_t magnitude = (raw & 0x7FFFu) << 13, sign = (raw & 0x8000u) << 16;
     float value;
@@ -196,7 +197,9 @@ class Selector {
 
  public:
   ROBATTR_DEVICE explicit Selector(const Plan& plan)
-      : plan_(plan), scan_(rt::dynamic_shared<int32_t>(plan.scan, kMaxWarps)), found_(rt::dynamic_shared<int32_t>(plan.scan + 4 * kMaxWarps, 8)) {
+      : plan_(plan),
+        scan_(rt::dynamic_shared<int32_t>(plan.scan, kMaxWarps)),
+        found_(rt::dynamic_shared<int32_t>(plan.scan + 4 * kMaxWarps, 8)) {
     for (int buffer = 0; buffer < 2; ++buffer) clear(buffer);
     rt::sync_threads();
   }
@@ -286,9 +289,7 @@ class Selector {
     return e;
   }
 
-  ROBATTR_DEVICE int buffer_offset(int buffer) const {
-    return plan_.exchange + buffer * plan_.exchange_bytes;
-  }
+  ROBATTR_DEVICE int buffer_offset(int buffer) const { return plan_.exchange + buffer * plan_.exchange_bytes; }
   ROBATTR_DEVICE rt::Shared<int32_t> bins(int buffer) const {
     return rt::dynamic_shared<int32_t>(buffer_offset(buffer), plan_.bins);
   }
@@ -316,7 +317,8 @@ class Selector {
     const int first = static_cast<int>(static_cast<int64_t>(j) * length / plan_.sampled);
     const int end = static_cast<int>((static_cast<int64_t>(j) + 1) * length / plan_.sampled);
     const uint32_t random = (static_cast<uint32_t>(j) * 2654435761u + 40503u) * 2246822519u;
-    const int place = first + static_cast<int>(static_cast<uint64_t>(random) * static_cast<uint64_t>(end - first) >> 32);
+    const int place =
+        first + static_cast<int>(static_cast<uint64_t>(random) * static_cast<uint64_t>(end - first) >> 32);
     return least(place, length - 1);
   }
 
@@ -464,7 +466,8 @@ class Selector {
     }
   }
 
-  // Appends the keys in [low, high] to the list, as far as they fit; totals hold their number. Returns the number above.
+  // Appends the keys in [low, high] to the list, as far as they fit; totals hold their number. Returns the number
+  // above.
   template <class Source>
   ROBATTR_DEVICE int collect(const Source& source, Key low, Key high, rt::Shared<Key> list, Extremes<Key>& row) {
     const rt::Shared<int32_t> sums = totals(turn_);
@@ -513,7 +516,8 @@ ROBATTR_INLINE Part part_of_block(const Plan& plan) {
 
 // Loads the part of a row into shared memory. Returns the extremes of the whole row.
 template <class Element, class Key = typename Element::Key>
-ROBATTR_INLINE Extremes<Key> load_row(const GlobalRow<Element>& from, const SharedKeys<Key>& to, Selector<Key>& selector) {
+ROBATTR_INLINE Extremes<Key> load_row(const GlobalRow<Element>& from, const SharedKeys<Key>& to,
+                                      Selector<Key>& selector) {
   Extremes<Key> extremes = no_extremes<Key>();
   each_quad<4>(from, [&](int q, const rt::Quad<Key>& keys) {
     if (q >= from.quads) return;
@@ -530,7 +534,10 @@ class RowReader {
 
  public:
   ROBATTR_DEVICE explicit RowReader(const Plan& plan)
-      : selector_(plan), shared_{kResident ? rt::dynamic_shared<Key>(plan.row, plan.part) : rt::Shared<Key>(), 0}, part_(part_of_block(plan)), n_(plan.n) {}
+      : selector_(plan),
+        shared_{kResident ? rt::dynamic_shared<Key>(plan.row, plan.part) : rt::Shared<Key>(), 0},
+        part_(part_of_block(plan)),
+        n_(plan.n) {}
 
   ROBATTR_DEVICE Part part() const { return part_; }
 
@@ -551,7 +558,8 @@ class RowReader {
   }
 
   // The k-th largest of the same row, k being at most that of the threshold found before.
-  ROBATTR_DEVICE Interval<Key> select_above(const Rows& rows, int64_t r, int k, SampleRanks ranks, const Extremes<Key>& extremes, const Interval<Key>& threshold) {
+  ROBATTR_DEVICE Interval<Key> select_above(const Rows& rows, int64_t r, int k, SampleRanks ranks,
+                                            const Extremes<Key>& extremes, const Interval<Key>& threshold) {
     Interval<Key> x{threshold.low, extremes.high, k, 0, threshold.above + threshold.population};
     if constexpr (kResident) {
       selector_.select(shared_, part_.length, ranks, x);
@@ -577,7 +585,8 @@ class RowReader {
   int n_;
 };
 
-// Blocks that run on a multiprocessor at once: one loads while the other selects. What would spill registers runs alone.
+// Blocks that run on a multiprocessor at once: one loads while the other selects. What would spill registers runs
+// alone.
 template <class Element, bool kResident>
 constexpr int kResidentBlocks = kResident && sizeof(typename Element::Key) == 4 ? 2 : 1;
 

@@ -1,6 +1,5 @@
-#include "cuda/topk_threshold.cuh"
-
 #include "cuda/launch.cuh"
+#include "cuda/topk_threshold.cuh"
 
 namespace robattr_fast::cuda {
 

@@ -1,5 +1,8 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled by g++ against host_cuda/cuda/rt.cuh, with sanitizers, in a process of
-its own that executes each call under four orders of threads (machine.h says what it reports)."""
+"""The CUDA kernels on a CPU.
+
+csrc/cuda is compiled by g++ against host_cuda/cuda/rt.cuh, with sanitizers, into a process of its own that executes
+each call under four orders of threads. machine.h says what it reports.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,7 +83,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Path_:
+class Route:
     """How a call was executed."""
 
     cluster: int
@@ -94,7 +97,7 @@ class HostMachine:
 
     def __init__(self, program: Path, device: Device, clusters: int) -> None:
         self._device, self._clusters = device, clusters
-        self.path: Path_ | None = None
+        self.route: Route | None = None
         self._process = subprocess.Popen(
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -119,7 +122,7 @@ class HostMachine:
         assert len(size) == 8, process.stderr.read().decode()
         reply = process.stdout.read(struct.unpack("q", size)[0])
         cluster, resident, staged, sampled = struct.unpack("4q", reply[:32])
-        self.path = Path_(cluster, bool(resident), bool(staged), sampled)
+        self.route = Route(cluster, bool(resident), bool(staged), sampled)
         return reply[32:]
 
     def topk_threshold(self, out: torch.Tensor, scores: torch.Tensor, k: int) -> None:
@@ -137,6 +140,3 @@ class HostMachine:
         if packed is not None:
             packed.copy_(torch.frombuffer(reply[ends[1] :], dtype=torch.uint8).view(packed.shape))
         return False
-
-
-__all__ = ["CSRC", "HERE", "Device", "HostMachine", "astuple", "compile_program", "missing"]

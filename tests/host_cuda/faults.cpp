@@ -111,11 +111,25 @@ const std::map<std::string, void (*)()> kKernels = {
     {"global-out-of-bounds", [] { out[2 * kThreads + rt::thread_index()] = 0; }},
     {"misaligned", [] { out[0] = rt::load_streaming(reinterpret_cast<rt::Quad<int32_t>*>(out + 1)).value[0]; }},
     {"overflow", [] { out[rt::thread_index()] = INT32_MAX - 10 + rt::thread_index(); }},
-    {"divergent-barrier", [] { if (rt::thread_index() != 5) rt::sync_threads(); }},
-    {"barriers-at-two-places", [] { if (rt::thread_index() < 32) rt::sync_threads();
-                                    else rt::sync_threads(); }},
-    {"divergent-shuffle", [] { if (rt::thread_index() % 2) rt::shuffle_xor(1, 1); }},
-    {"divergent-cluster-barrier", [] { if (rt::cluster_rank() == 0) rt::cluster_sync(); }},
+    {"divergent-barrier",
+     [] {
+       if (rt::thread_index() != 5) rt::sync_threads();
+     }},
+    {"barriers-at-two-places",
+     [] {
+       if (rt::thread_index() < 32)
+         rt::sync_threads();
+       else
+         rt::sync_threads();
+     }},
+    {"divergent-shuffle",
+     [] {
+       if (rt::thread_index() % 2) rt::shuffle_xor(1, 1);
+     }},
+    {"divergent-cluster-barrier",
+     [] {
+       if (rt::cluster_rank() == 0) rt::cluster_sync();
+     }},
 };
 
 }  // namespace
@@ -124,7 +138,8 @@ int main(int argc, char** argv) {
   if (argc != 2 || !kKernels.contains(argv[1])) return 2;
   const host::Schedule schedules[] = {
       {host::Order::kForward, 0}, {host::Order::kReverse, 0}, {host::Order::kRandom, 1}, {host::Order::kRandom, 2}};
-  const int cluster = std::string(argv[1]).find("remote") + std::string(argv[1]).find("cluster") == 2 * std::string::npos ? 1 : 2;
+  const int cluster =
+      std::string(argv[1]).find("remote") + std::string(argv[1]).find("cluster") == 2 * std::string::npos ? 1 : 2;
   for (const host::Schedule& schedule : schedules) {
     const std::unique_ptr<int32_t[]> memory(new int32_t[2 * kThreads]());
     out = memory.get();

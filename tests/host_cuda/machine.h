@@ -192,7 +192,8 @@ class Machine {
     if (blocks[block].running == 0) report("shared memory", "its block has ended");
     for (int64_t i = offset / 4; i <= (offset + size - 1) / 4; ++i) {
       Cell& cell = blocks[block].shadow[i];
-      if (kind != Kind::kWrite && cell.write.thread == kNobody) race("read before it was written", block, i, cell.write);
+      if (kind != Kind::kWrite && cell.write.thread == kNobody)
+        race("read before it was written", block, i, cell.write);
       if (unordered(cell.write) && !(kind == Kind::kAtomic && cell.write.atomic)) {
         race(kind == Kind::kRead ? "read after write" : "write after write", block, i, cell.write);
       }
@@ -313,8 +314,9 @@ class Machine {
     for (const Fiber& fiber : fibers_) {
       if (fiber.finished) continue;
       const Group& group = group_of(fiber.wait, fiber);
-      std::snprintf(detail, sizeof detail, "%d of %d threads wait for %s at %s:%u (thread %d of block %d)", group.arrived,
-                    group.size, name_of(fiber.wait), fiber.site.file_name(), fiber.site.line(), fiber.thread, fiber.block);
+      std::snprintf(detail, sizeof detail, "%d of %d threads wait for %s at %s:%u (thread %d of block %d)",
+                    group.arrived, group.size, name_of(fiber.wait), fiber.site.file_name(), fiber.site.line(),
+                    fiber.thread, fiber.block);
       break;
     }
     report("divergent barrier", detail);
@@ -334,13 +336,15 @@ class Machine {
   void note(Access& access, bool atomic) const {
     const bool joins = unordered(access);
     const bool same_block = access.block == self->block;
-    access = {joins ? kMany : id(), joins && !same_block ? kMany : self->block, blocks[self->block].epoch, cluster_epoch_,
-              warps_[self->warp].epoch, atomic};
+    access = {joins ? kMany : id(),      joins && !same_block ? kMany : self->block,
+              blocks[self->block].epoch, cluster_epoch_,
+              warps_[self->warp].epoch,  atomic};
   }
 
   [[noreturn]] void race(const char* what, int block, int64_t word, const Access& other) const {
     char detail[512];
-    std::snprintf(detail, sizeof detail, "%s: byte %lld of block %d, by thread %d of block %d and thread %d of the cluster", what,
+    std::snprintf(detail, sizeof detail,
+                  "%s: byte %lld of block %d, by thread %d of block %d and thread %d of the cluster", what,
                   static_cast<long long>(4 * word), block, self->thread, self->block, other.thread);
     report("race on shared memory", detail);
   }

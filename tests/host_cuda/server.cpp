@@ -18,10 +18,8 @@ struct Request {
   int64_t shared_per_block, shared_for_two, has_clusters, clusters;
 };
 
-constexpr host::Schedule kSchedules[] = {{host::Order::kForward, 0},
-                                         {host::Order::kReverse, 0},
-                                         {host::Order::kRandom, 1},
-                                         {host::Order::kRandom, 2}};
+constexpr host::Schedule kSchedules[] = {
+    {host::Order::kForward, 0}, {host::Order::kReverse, 0}, {host::Order::kRandom, 1}, {host::Order::kRandom, 2}};
 
 void receive(void* data, size_t bytes) {
   if (std::fread(data, 1, bytes, stdin) != bytes) std::exit(0);
@@ -71,7 +69,8 @@ std::string run(const Request& q, const Plan& plan, const char* scores, host::Sc
 template <class Element>
 std::string run_all(const Request& q, const char* scores) {
   const Device device{static_cast<int>(q.shared_per_block), static_cast<int>(q.shared_for_two), q.has_clusters != 0};
-  const Plan plan = make_plan(q.n, sizeof(typename Element::Key), static_cast<int>(q.operation == 0 ? 0 : q.levels), device);
+  const Plan plan =
+      make_plan(q.n, sizeof(typename Element::Key), static_cast<int>(q.operation == 0 ? 0 : q.levels), device);
   std::string first;
   for (const host::Schedule& schedule : kSchedules) {
     const std::string result =

@@ -73,7 +73,9 @@ class Shared {
   T load(int i) const { return *at<T>(i, 1, Kind::kRead); }
   void store(int i, T value) const { *at<T>(i, 1, Kind::kWrite) = value; }
   Quad<T> load_quad(int i) const { return *at<Quad<T>>(4 * static_cast<int64_t>(i), 4, Kind::kRead); }
-  void store_quad(int i, const Quad<T>& quad) const { *at<Quad<T>>(4 * static_cast<int64_t>(i), 4, Kind::kWrite) = quad; }
+  void store_quad(int i, const Quad<T>& quad) const {
+    *at<Quad<T>>(4 * static_cast<int64_t>(i), 4, Kind::kWrite) = quad;
+  }
   T atomic_add(int i, T value) const {
     T* place = at<T>(i, 1, Kind::kAtomic);
     const T before = *place;
@@ -101,7 +103,8 @@ class Shared {
     }
     Machine& machine = Machine::get();
     const int64_t first = offset_ + i * static_cast<int64_t>(sizeof(T)), bytes = size * static_cast<int64_t>(sizeof(T));
-    if (first + bytes > machine.blocks[block_].size) host::report("out of bounds", "an array beyond the end of shared memory");
+    if (first + bytes > machine.blocks[block_].size)
+      host::report("out of bounds", "an array beyond the end of shared memory");
     machine.access(block_, first, bytes, kind);
     return reinterpret_cast<U*>(machine.blocks[block_].memory.get() + first);
   }
