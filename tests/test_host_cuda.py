@@ -9,29 +9,36 @@ import os
 import host_cuda
 import numpy as np
 import pytest
+import test_count_sparsified
+import test_topk_threshold
 import torch
 from _operators import DTYPES, KINDS, make_row
 from host_cuda import Device, HostMachine
 from test_count_sparsified import expected_counts, expected_packed, pack
-from test_count_sparsified import test_counts_are_detached as test_counts_are_detached
-from test_count_sparsified import test_packed_into_part_of_a_buffer as test_packed_into_part_of_a_buffer
 from test_topk_threshold import assert_same, by_sorting
-from test_topk_threshold import test_every_k as test_every_k
-from test_topk_threshold import test_many_rows as test_many_rows
 
 import robattr_fast as rf
 from robattr_fast import _extension, backends
 from robattr_fast.reference._select import selected
 
+# The cases of the CPU kernels.
+test_topk_against_sort = test_topk_threshold.test_against_sort
+test_every_k = test_topk_threshold.test_every_k
+test_many_rows = test_topk_threshold.test_many_rows
+test_adds_to_counts = test_count_sparsified.test_adds_to_counts
+test_counts_are_detached = test_count_sparsified.test_counts_are_detached
+test_packed_into_part_of_a_buffer = test_count_sparsified.test_packed_into_part_of_a_buffer
 if os.environ.get("ROBATTR_FAST_EVERY_CASE") == "1":
-    from test_count_sparsified import test_is_the_sum_of_sparsified_maps as test_is_the_sum_of_sparsified_maps
-    from test_count_sparsified import test_more_rows_than_one_wave as test_more_rows_than_one_wave
-    from test_count_sparsified import test_packed_against_sort as test_packed_against_sort
-    from test_count_sparsified import test_packed_real_size as test_packed_real_size
-    from test_count_sparsified import test_real_size as test_real_size
-    from test_count_sparsified import test_views_of_scores as test_views_of_scores
-    from test_topk_threshold import test_dtypes_and_shapes as test_dtypes_and_shapes
-    from test_topk_threshold import test_long_rows as test_long_rows
+    test_long_rows = test_topk_threshold.test_long_rows
+    test_dtypes_and_shapes = test_topk_threshold.test_dtypes_and_shapes
+    test_count_against_sort = test_count_sparsified.test_against_sort
+    test_packed_against_sort = test_count_sparsified.test_packed_against_sort
+    test_is_the_sum_of_sparsified_maps = test_count_sparsified.test_is_the_sum_of_sparsified_maps
+    test_packed_map = test_count_sparsified.test_packed_is_the_packed_sparsified_map
+    test_packed_real_size = test_count_sparsified.test_packed_real_size
+    test_real_size = test_count_sparsified.test_real_size
+    test_more_rows_than_one_wave = test_count_sparsified.test_more_rows_than_one_wave
+    test_views_of_scores = test_count_sparsified.test_views_of_scores
 
 # What a short row meets here, a long one meets on a GPU: parts of at most 1024 floats, in clusters and without.
 CLUSTERS = Device(shared_per_block=7000, shared_for_two=0, clusters=True)
