@@ -1,5 +1,6 @@
 """The engine: counts that do not depend on batches, order or splits; stopping, resuming, refusing."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast.certify import Overlap, engine
+from robattr_fast.certify import Overlap, engine, files
 from robattr_fast.certify.concentration import summarize_gram
 
 
@@ -272,6 +273,17 @@ def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
     assert resumed.samples.tolist() == whole.samples.tolist()
 
 
+def test_a_run_that_goes_on_elsewhere_names_both_places(tmp_path):
+    path = tmp_path / "run.safetensors"
+    first = rf.certify(MODEL, images(), **COMMON, batch_size=8, checkpoint=path)
+    older = dataclasses.replace(first.settings, versions=first.settings.versions | {"torch": "1.0"})
+    tensors, _ = files.load(path)
+    files.save(path, tensors, older.to_json())
+    again = rf.certify(MODEL, images(), **COMMON, batch_size=8, checkpoint=path)
+    assert again.settings.versions["torch"] == f"1.0 + {torch.__version__}"
+    assert again.settings.versions["numpy"] == first.settings.versions["numpy"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     rf.certify(MODEL, images(), **COMMON, checkpoint=path)
@@ -361,12 +373,17 @@ def test_memory_layout_of_the_input_does_not_matter():
     assert torch.equal(a.counts, b.counts)
 
 
-def test_float64_and_half_models():
-    for dtype in (torch.float64, torch.bfloat16):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval().to(dtype)
-        certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
-        assert certificate.map.dtype == torch.float64
-        assert float(certificate.map.sum()) > 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_dtypes_get_noise_of_their_dtype(dtype):
+    """One class: every sample has the same gradient, the row of weights, so that its largest elements count always."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 1)).eval().to(dtype)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    certificate = rf.certify(model, images().to(dtype), **COMMON, batch_size=8)
+    weights = model[1].weight[0].detach().abs().float()
+    expected = rf.reference.sparsify(weights, COMMON["tau"]).view(certificate.map.shape[1:]).double()
+    assert set(seen) == {dtype}
+    assert all(torch.equal(one, expected) for one in certificate.map)
 
 
 def levels_by_hand(x, *, sigma, tau, samples, levels=1, gamma=None):
@@ -396,6 +413,22 @@ def test_second_moments_come_from_the_first_samples(levels, gamma, retain):
     assert (certificate.distance(0.01) > 0).all()
 
 
+@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
+def test_samples_are_kept_on_request(levels, gamma, tmp_path):
+    x = images()
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 40, "levels": levels, "gamma": gamma}
+    certificate = rf.certify(MODEL, x, **settings, retain=16, keep_samples=True, batch_size=8)
+    expected = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :16], levels)
+    assert torch.equal(certificate.packed, expected)
+    certificate.save(tmp_path / "kept.safetensors")
+    assert torch.equal(rf.Certificate.load(tmp_path / "kept.safetensors")[1].packed, expected[1:])
+    assert rf.certify(MODEL, x, **settings, retain=16, batch_size=8).packed is None
+    apart = rf.certify(MODEL, x, **{**settings, "samples": 8}, first_sample=40, batch_size=8)
+    assert certificate.merge(apart).packed is None
+    with pytest.raises(ValueError, match="keep_samples: got True without second moments"):
+        rf.certify(MODEL, x, **settings, second_moment=False, keep_samples=True)
+
+
 def test_second_moments_cost_nothing_when_declined():
     certificate = rf.certify(MODEL, images(), **COMMON, second_moment=False, batch_size=8)
     assert certificate.gram_summary is None
@@ -418,11 +451,11 @@ def test_a_run_that_ends_off_its_looks_has_no_second_moments(monkeypatch):
     assert partial.overlap(20, 0.01).method[0] == "marginal"
 
 
-@pytest.mark.parametrize("retain", [100, 600])
-def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
+@pytest.mark.parametrize(("retain", "keep"), [(100, False), (100, True), (600, False)])
+def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     """Killed once while rows are still being retained, once after: the same second moments as without."""
     x = images(2)
-    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain}
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain, "keep_samples": keep}
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
@@ -447,6 +480,15 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain):
     resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.gram_summary, whole.gram_summary)
     assert torch.equal(resumed.counts, whole.counts)
+    assert torch.equal(resumed.packed, whole.packed) if keep else resumed.packed is None
+
+
+def test_a_checkpoint_without_samples_cannot_go_on_keeping_them(tmp_path):
+    path = tmp_path / "run.safetensors"
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 64, "batch_size": 16, "checkpoint": path}
+    rf.certify(MODEL, images(1), **settings)
+    with pytest.raises(ValueError, match="checkpoint: it was written without keep_samples"):
+        rf.certify(MODEL, images(1), **settings, keep_samples=True)
 
 
 def test_a_stop_may_come_from_second_moments(monkeypatch):

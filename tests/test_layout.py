@@ -13,19 +13,21 @@ PACKAGE = ROOT / "robattr_fast"
 
 # A module imports from its own entry here or from an earlier one; entries on one line may not import each other.
 LAYERS = [
-    {"errors", "build", "rounding"},
+    {"errors", "build", "rounding", "allocator", "machine"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"exported"},
     {"model"},
     {"folding"},
     {"sampling"},
+    {"differentiable"},
     {"smoothgrad", "nn"},
     {"certify", "attacks", "training", "curvature"},
     {"images"},
     {"models", "plots", "runs", "integrations"},
     {"report"},
     {"doctor"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -151,7 +151,16 @@ def test_finished_images_are_not_sampled_again(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [["--seed", 1], ["--sigma", 0.3], ["--alpha", 0.1], ["--levels", 3], ["--target", 1], ["--channel-sum"]]
+    "change",
+    [
+        ["--seed", 1],
+        ["--sigma", 0.3],
+        ["--alpha", 0.1],
+        ["--levels", 3],
+        ["--target", 1],
+        ["--channel-sum"],
+        ["--keep-samples"],
+    ],
 )
 def test_other_settings_are_sampled(folder, change):
     assert certify(model="counting").exit_code == 0

@@ -48,6 +48,8 @@ class Certificate:
         invalid: int32 [B], samples with NaN or infinite scores; they count as the map 0 and vote for no class.
         class_counts: int32 [B, classes], votes of the samples; None if they were not kept.
         gram_summary: float64 [B, 8], what T7 needs of the retained samples (`moments`); None without second moments.
+        packed: uint8 [B, m, row_bytes], the packed levels of the retained samples (`keep_samples=True`; rows that an
+            image has no sample for are zero); else None.
         settings: everything that was fixed before sampling.
 
     Raises:
@@ -65,6 +67,7 @@ class Certificate:
         invalid: torch.Tensor | None = None,
         class_counts: torch.Tensor | None = None,
         gram_summary: torch.Tensor | None = None,
+        packed: torch.Tensor | None = None,
     ) -> None:
         if invalid is None:
             invalid = torch.zeros(len(samples), dtype=torch.int32)
@@ -75,6 +78,7 @@ class Certificate:
             "invalid": invalid,
             "class_counts": class_counts,
             "gram_summary": gram_summary,
+            "packed": packed,
         }
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         check(tensors, settings)
@@ -87,6 +91,7 @@ class Certificate:
         self.invalid = self._tensors["invalid"]
         self.class_counts = self._tensors.get("class_counts")
         self.gram_summary = self._tensors.get("gram_summary")
+        self.packed = self._tensors.get("packed")
         self._evaluated = Evaluated(settings, self._values, self.samples, self.invalid)
         self._gaps_by_k: dict[int, torch.Tensor] = {}
 
@@ -345,12 +350,13 @@ class Certificate:
         Raises MergeError unless both speak of the same smoothed maps, from samples that no two of them share.
         """
         settings = merge_settings(self.settings, other.settings)
-        if self._tensors.keys() != other._tensors.keys():
-            raise MergeError(f"contents differ: {sorted(self._tensors)} and {sorted(other._tensors)}")
+        # Second moments are planned for one run; the union is evaluated by its counts.
+        ours, theirs = (cert._tensors.keys() - {"gram_summary", "packed"} for cert in (self, other))
+        if ours != theirs:
+            raise MergeError(f"contents differ: {sorted(ours)} and {sorted(theirs)}")
         merged = {}
-        for name, tensor in self._tensors.items():
-            if name == "gram_summary":
-                continue  # second moments are planned for one run; the union is evaluated by its counts
+        for name in ours:
+            tensor = self._tensors[name]
             if tensor.shape != other._tensors[name].shape:
                 raise MergeError(f"{name} differs: {list(tensor.shape)} and {list(other._tensors[name].shape)}")
             merged[name] = tensor + other._tensors[name]

@@ -6,6 +6,7 @@ import torch
 
 from robattr_fast.certify.moments import SUMMARY_COLUMNS
 from robattr_fast.certify.settings import PER_IMAGE, Settings
+from robattr_fast.reference._pack_levels import packed_row_bytes
 
 DTYPES = {
     "samples": torch.int64,
@@ -14,6 +15,7 @@ DTYPES = {
     "invalid": torch.int32,
     "class_counts": torch.int32,
     "gram_summary": torch.float64,
+    "packed": torch.uint8,
 }
 
 
@@ -64,9 +66,21 @@ def check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
         lengths = [sum(end - start for start, end in image) for image in settings.intervals]
         if lengths != samples.tolist():
             raise ValueError(f"intervals hold {lengths} samples, samples say {samples.tolist()}")
+    if (packed := tensors.get("packed")) is not None:
+        _check_packed(packed, tensors.get("gram_summary"), settings, images)
     if (summary := tensors.get("gram_summary")) is not None:
         rows = summary[:, 0]
         if not (summary.isfinite().all() and (summary >= 0).all() and (rows % 1 == 0).all()):
             raise ValueError("gram_summary must be finite and not negative, with a whole number of rows")
         if (rows > samples).any() or (rows > settings.retain).any() or (summary[:, -1] > rows).any():
             raise ValueError(f"gram_summary must come from at most retain={settings.retain} of the samples")
+
+
+def _check_packed(packed: torch.Tensor, summary: torch.Tensor | None, settings: Settings, images: int) -> None:
+    if summary is None or settings.levels is None:
+        raise ValueError("packed rows take the gram_summary that was made of them")
+    row_bytes = packed_row_bytes(settings.n, settings.levels)
+    if packed.ndim != 3 or packed.shape[0] != images or packed.shape[2] != row_bytes:
+        raise ValueError(f"packed must have shape [{images}, m, {row_bytes}], got {list(packed.shape)}")
+    if not (summary[:, 0] <= packed.shape[1]).all():
+        raise ValueError(f"gram_summary must come from the {packed.shape[1]} packed rows, got {summary[:, 0].tolist()}")

@@ -34,9 +34,9 @@ def _union(first: tuple[Interval, ...], second: tuple[Interval, ...], image: int
     return tuple(union)
 
 
-def _joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
-    """Both values where they differ."""
-    names = sorted(first.keys() | second.keys())
+def joined(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """Both values where they differ, names in their order."""
+    names = dict.fromkeys((*first, *second))
     values = {name: sorted({side[name] for side in (first, second) if name in side}) for name in names}
     return {name: " + ".join(found) for name, found in values.items()}
 
@@ -68,7 +68,9 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,
         device=" + ".join(sorted(devices)) or None,
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
+        batch_images=first.batch_images if first.batch_images == second.batch_images else None,
+        memory_format=first.memory_format if first.memory_format == second.memory_format else None,
         folded=first.folded if first.folded == second.folded else None,
-        backends=_joined(first.backends, second.backends),
-        versions=_joined(first.versions, second.versions),
+        backends=joined(first.backends, second.backends),
+        versions=joined(first.versions, second.versions),
     )

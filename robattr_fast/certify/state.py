@@ -23,8 +23,11 @@ from robattr_fast.sampling import Scored
 class State:
     """Counts (or sums, where levels is None), invalid samples and votes of B images, and which samples they hold."""
 
-    def __init__(self, settings: Settings, images: int, classes: int, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, images: int, classes: int, device: torch.device, *, keep_samples: bool = False
+    ) -> None:
         self.settings = settings
+        self.keep_samples = keep_samples
         self.counts = self.sums = None
         if settings.levels is None:
             self.sums = torch.zeros((images, settings.n), dtype=torch.float64, device=device)
@@ -33,9 +36,14 @@ class State:
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
         self.done = [0] * images
+        self._sizes = torch.empty(0)
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
-        self.retained = [Retained(settings, planned, device) for planned in settings.planned_samples] if keeps else []
+        self.retained = (
+            [Retained(settings, planned, device, keep=keep_samples) for planned in settings.planned_samples]
+            if keeps
+            else []
+        )
 
     def add(self, scored: Scored, first_sample: int) -> None:
         """Count the samples of one segment, which follow those that its image has."""
@@ -58,8 +66,16 @@ class State:
         self.done[segment.image] += segment.count
 
     def scores(self, scored: Scored) -> torch.Tensor:
-        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class."""
-        scores = scored.scores.abs() if self.settings.explain in _model.EXPLANATIONS else scored.scores
+        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class.
+
+        Valid until the next call.
+        """
+        scores = scored.scores
+        if self.settings.explain in _model.EXPLANATIONS:
+            # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
+            if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
+                self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+            scores = torch.abs(scores, out=self._sizes)
         if self.settings.channel_sum:
             scores = scores.sum(dim=1)
         scores = scores.flatten(1)
@@ -90,6 +106,7 @@ class State:
     ) -> Certificate:
         """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
         chosen = slice(None) if image is None else slice(image, image + 1)
+        images = range(len(self.done))[chosen]
         settings = self.settings if image is None else self.settings.select([image])
         done = self.done[chosen]
         intervals = tuple(((first_sample, first_sample + count),) if count else () for count in done)
@@ -103,12 +120,23 @@ class State:
             samples=torch.tensor(done, dtype=torch.int64),
             invalid=copied(self.invalid),
             class_counts=copied(self.class_counts),
-            gram_summary=self._summaries(range(len(self.done))[chosen]) if moments and self.retained else None,
+            gram_summary=self._summaries(images) if moments and self.retained else None,
+            packed=self._packed(images) if moments and self.retained and self.keep_samples else None,
             settings=dataclasses.replace(settings, intervals=intervals, batch_size=batch_size),
         )
 
     def _summaries(self, images: Sequence[int]) -> torch.Tensor:
         return torch.stack([self.retained[image].summary() for image in images])
+
+    def _packed(self, images: Sequence[int]) -> torch.Tensor:
+        rows = [self.retained[image] for image in images]
+        assert self.settings.levels is not None
+        row_bytes = packed_row_bytes(self.settings.n, self.settings.levels)
+        packed = torch.zeros((len(rows), max(one.filled for one in rows), row_bytes), dtype=torch.uint8)
+        for image, one in enumerate(rows):
+            if one.packed is not None:
+                packed[image, : one.filled] = one.packed[: one.filled]
+        return packed
 
     def save(self, path: str | os.PathLike, first_sample: int, batch_size: int, *, final: bool = False) -> None:
         """Write the certificate so far and, where the retained rows are not complete yet, the rows.
@@ -144,10 +172,14 @@ class State:
 
 
 class Retained:
-    """The packed levels of an image's first samples, until there are as many as planned; then their summary alone."""
+    """The packed levels of an image's first samples, until there are as many as planned; then their summary alone.
 
-    def __init__(self, settings: Settings, planned: int, device: torch.device) -> None:
+    ``keep``: then the rows too.
+    """
+
+    def __init__(self, settings: Settings, planned: int, device: torch.device, *, keep: bool) -> None:
         self.settings = settings
+        self.keep = keep
         self.device = device
         self.capacity = min(settings.retain, planned)
         self.filled = self.invalid = 0
@@ -178,7 +210,8 @@ class Retained:
         self._summary = None
         if self.complete:
             self.summary()
-            self.packed = None
+            if not self.keep:
+                self.packed = None
 
     def summary(self) -> torch.Tensor:
         """``gram_summary`` float64 [8] of the rows so far."""
@@ -194,6 +227,12 @@ class Retained:
         self.filled, self.invalid = min(done, self.capacity), invalid
         if self.complete:
             self._summary = summary
-        elif rows is not None:
+        elif rows is None and self.filled:
+            raise ValueError("checkpoint: it lacks the rows of its samples")
+        if self.keep and self.filled and rows is None:
+            raise ValueError(
+                "checkpoint: it was written without keep_samples; takes a new path, or the arguments of that run"
+            )
+        if rows is not None and (self.keep or not self.complete):
             self.packed = torch.empty((self.capacity, rows.shape[1]), dtype=torch.uint8, device=self.device)
             self.packed[: self.filled] = rows

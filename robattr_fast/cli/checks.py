@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from robattr_fast.certify import Certificate
+from robattr_fast.certify.moments import summary_row
 from robattr_fast.cli.results import Row, label
+from robattr_fast.reference._pack_levels import unpack_levels
 from robattr_fast.reference._select import selected
 from robattr_fast.runs import MANIFEST, TABLE, Record
 
@@ -28,6 +32,36 @@ def support_faults(cert: Certificate) -> list[str]:
     ]
 
 
+def sample_faults(cert: Certificate) -> list[str]:
+    """Samples that the file holds: their second moments are made again, and no count may exclude what they show."""
+    if cert.packed is None or cert.gram_summary is None or cert.counts is None:
+        return []
+    levels = cert.counts.shape[2]
+    faults = []
+    for image, (packed, summary) in enumerate(zip(cert.packed, cert.gram_summary, strict=True)):
+        rows, rest = packed[: int(summary[0])], packed[int(summary[0]) :]
+        again = summary_row(rows, levels, int(summary[-1]))
+        if rest.any() or not torch.allclose(again, summary, rtol=_TOLERANCE, atol=0.0):
+            faults.append(f"gram_summary: image {image} has other second moments than its packed samples")
+        shown = _level_counts(rows, levels, cert.settings.n)
+        claimed = cert.counts[image].long()
+        # What is not shown was drawn later, and can only add.
+        later = int(cert.samples[image]) - len(rows)
+        if ((shown > claimed) | (shown + later < claimed)).any():
+            faults.append(f"counts: image {image} has counts that its packed samples exclude")
+    return faults
+
+
+def _level_counts(rows: torch.Tensor, levels: int, n: int) -> torch.Tensor:
+    """int64 [n, L] of packed rows, a few at a time: unpacked they are large."""
+    counts = torch.zeros(n, levels, dtype=torch.int64)
+    for part in rows.split(64):
+        unpacked = unpack_levels(part, levels, n)
+        for level in range(1, levels + 1):
+            counts[:, level - 1] += (unpacked == level).sum(0)
+    return counts
+
+
 def record_faults(cert: Certificate, record: Record) -> list[str]:
     """Where manifest or table say something else than the certificate."""
     settings, faults = cert.settings, []
@@ -38,6 +72,7 @@ def record_faults(cert: Certificate, record: Record) -> list[str]:
             "image_id": _only(settings.image_ids),
             "input_hash": _only(settings.input_hashes),
             "batch_size": settings.batch_size,
+            "memory_format": settings.memory_format,
         }
         faults += [
             f"{MANIFEST} says {name} {said.get(name)}, the file {held[name]}"

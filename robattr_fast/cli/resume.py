@@ -29,6 +29,7 @@ SAMPLING = (
     "slack",
     "second_moment",
     "retain",
+    "keep_samples",
     "on_nonfinite",
 )
 """The options that samples and certificate depend on, as arguments of `certify`."""
@@ -72,7 +73,7 @@ class Earlier:
             return None  # it is sampled anew
         tau, gamma = _check.fractions(settings["tau"], settings["gamma"])
         target = settings["target"]
-        wanted = {name: settings[name] for name in SAMPLING if name != "samples"} | {
+        wanted = {name: settings[name] for name in SAMPLING if name not in ("samples", "keep_samples")} | {
             "tau": tau,
             "gamma": gamma,
             "target": None if target is None else (target,),
@@ -84,6 +85,8 @@ class Earlier:
             "exploration": None,
         }
         if any(getattr(cert.settings, name) != value for name, value in wanted.items()):
+            return None
+        if (cert.packed is not None) != settings["keep_samples"]:
             return None
         if not cert.stopped_off_plan:
             return cert

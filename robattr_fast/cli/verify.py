@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robattr_fast import images, models
+from robattr_fast import images, models, tune_allocator
 from robattr_fast.certify import Certificate
 from robattr_fast.certify.files import write_atomically
 from robattr_fast.certify.replay import FALSE_ALARM, FLIPS, replay
@@ -101,6 +101,8 @@ def verify(
         paths = find_certificates(files)
         if image is not None and len(paths) != 1:
             raise ValueError(f"image: got one for {len(paths)} certificates, takes one certificate")
+        if model is not None:
+            tune_allocator()
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
         place = checked_device(device)
@@ -110,9 +112,8 @@ def verify(
             for one in found:
                 _replay(one, chosen, image, count, replay_seed, place, shares[0])
         console.print(_table(found, shares, radii, overlap))
-        for one in found:
-            for remark in one.remarks:
-                console.print(f"{one.path.name}: {remark}", highlight=False, soft_wrap=True)
+        for line in _remarks(found):
+            console.print(line, highlight=False, soft_wrap=True)
         if tsv is not None:
             write_atomically(tsv, _smoothing_log(found, truth).encode())
     for one in found:
@@ -131,7 +132,8 @@ def _check(path: Path) -> _Verified:
     except (CertificateFileError, OSError) as error:
         one.faults.append(one_line(error))
     if one.cert is not None:
-        one.faults += checks.support_faults(one.cert) + checks.record_faults(one.cert, one.record)
+        one.faults += checks.support_faults(one.cert) + checks.sample_faults(one.cert)
+        one.faults += checks.record_faults(one.cert, one.record)
         one.remarks += words.remarks(one.cert)
     return one
 
@@ -183,6 +185,20 @@ def _input(one: _Verified, cert: Certificate, model: models.Model, image: Path |
     if hashes is None or len(hashes) != 1:
         return None
     return find_image(one.path, one.record, hashes[0], cert.settings.shape, model.preprocess)
+
+
+def _remarks(found: list[_Verified]) -> list[str]:
+    """What is true of several certificates is said once."""
+    names: dict[str, list[str]] = {}
+    for one in found:
+        for remark in one.remarks:
+            names.setdefault(remark, []).append(one.path.name)
+    return [f"{_some(those)}: {remark}" for remark, those in names.items()]
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _table(found: list[_Verified], shares: list[float], radii: list[float], overlap: float) -> Table:

@@ -48,6 +48,13 @@ def _run_extension(scores, out, k):
     torch.ops.robattr_fast_C.topk_threshold(out, scores.reshape(-1, scores.shape[-1]), k)
 
 
+def _run_triton(scores, out, k):
+    from robattr_fast.kernels.topk_threshold import topk_threshold as launch
+
+    launch(scores, out, k)
+
+
+backends.register("topk_threshold", "triton", _run_triton, _extension.can_run_triton)
 backends.register("topk_threshold", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("topk_threshold", "cpu", _run_extension, _extension.can_run_cpu)
 backends.register(
