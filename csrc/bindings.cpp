@@ -1,5 +1,8 @@
 // Registration only. Schemas: robattr_fast/ops/_schema.py.
 #include "cpu/operators.h"
+#ifdef ROBATTR_CUDA
+#include "cuda/operators.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
   m.impl("betting_bounds", TORCH_BOX(&robattr_fast::betting_bounds));
@@ -13,3 +16,10 @@ STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CPU, m) {
   m.impl("sparsify", TORCH_BOX(&robattr_fast::sparsify));
   m.impl("count_sparsified_", TORCH_BOX(&robattr_fast::count_sparsified_));
 }
+
+#ifdef ROBATTR_CUDA
+STABLE_TORCH_LIBRARY_IMPL(robattr_fast_C, CUDA, m) {
+  m.impl("topk_threshold", TORCH_BOX(&robattr_fast::cuda::topk_threshold));
+  m.impl("count_sparsified_", TORCH_BOX(&robattr_fast::cuda::count_sparsified_));
+}
+#endif
