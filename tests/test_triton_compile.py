@@ -217,8 +217,7 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
         architecture,
         tmp_path,
     )
-    print(compiled.registers, compiled.shared, compiled.stack)
     compiled.assert_within(registers, shared)
-    # The logarithm and exponential of float64 look at high words so, which loses nothing.
+    # exp looks at high words so, log starts the reciprocal of 1 + its mantissa so: neither loses anything.
     flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
-    assert flushed <= {"abs.ftz.f32"}
+    assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}

@@ -164,11 +164,8 @@ def set_implementation(model: Any, name: str) -> None:
 
 def _implementations(model: nn.Module) -> dict[str, str]:
     """Attention implementation of each class of transformers models in ``model``, itself included."""
-    return {
-        type(part).__name__: part.config._attn_implementation
-        for part in model.modules()
-        if hasattr(part, "set_attn_implementation")
-    }
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    return {type(part).__name__: part.config._attn_implementation for part in parts}
 
 
 @contextmanager
