@@ -169,7 +169,7 @@ def test_views_of_scores(backend):
         scores[:, ::2],
         scores[..., 3::7],
         scores.transpose(1, 2),
-        scores[:1].expand(5, 6, 500),
+        scores[:1].expand(5, -1, -1),
     ):
         assert torch.equal(count(view, 0.2)[0], count(view.contiguous(), 0.2)[0])
 
