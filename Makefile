@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret lint clean
+.PHONY: install demo test test-interpret bench docs lint clean
 
 install: .venv/installed
 
@@ -25,9 +25,21 @@ test: install
 	$(PYTEST) -n $(WORKERS) tests
 	$(MAKE) --no-print-directory test-interpret
 
-# Triton's interpreter patches the language for the whole process: its tests run in one of their own.
+# Triton's interpreter patches the language for the whole process: its tests run in one of their own. What is left out
+# tests formulas of autograd, the same on every backend, or rows made to mislead the sampling of the CPU kernels.
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,betting_bounds count_sparsified noisy_samples packed_gram \
+  soft_topk sparsify topk_threshold))
+ELSEWHERE := not grad and not long and not derivative and not misleads and not bound_of_the_sample
 test-interpret: install
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and not gradient" tests/test_noisy_samples.py
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and $(ELSEWHERE)" $(INTERPRETED)
+
+# Adds to benchmarks/records/; close everything else that runs. ARGS='--quick', '--only P2', '--base HEAD~1'.
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Tables and plot of the documents, from the records.
+docs: install
+	$(BIN)/python -m benchmarks render
 
 lint: install
 	$(BIN)/ruff check .

@@ -41,22 +41,26 @@ def _noisy_samples(
     seed_low,
     seed_high,
     first_sample,
+    sample_offset,  # int64 [1] where OFFSET, added to first_sample: a captured graph is replayed for other samples
     num_samples,
     n,
     plane,
     channels,
     CHANNELS_LAST: tl.constexpr,
     DOUBLE: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     # Axis 0 may hold 2^31 - 1 programs, axis 1 only 65535.
     image = tl.program_id(0) // num_samples
-    sample = tl.program_id(0) % num_samples
+    sample = first_sample + tl.program_id(0) % num_samples
+    if OFFSET:
+        sample += tl.load(sample_offset)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     image_id = tl.load(image_ids + image).to(tl.uint32)
     w0, w1, w2, w3 = philox4x32(
         block.to(tl.uint32),
-        (first_sample + sample).to(tl.uint32),
+        sample.to(tl.uint32),
         image_id,
         seed_low.to(tl.uint32),
         seed_high.to(tl.uint32),
@@ -74,7 +78,13 @@ def _noisy_samples(
 
 
 def noisy_samples(
-    x: torch.Tensor, out: torch.Tensor, sigma: float, seed: int, first_sample: int, image_ids: torch.Tensor
+    x: torch.Tensor,
+    out: torch.Tensor,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    image_ids: torch.Tensor,
+    sample_offset: torch.Tensor | None,
 ) -> None:
     """Fill out [B, q, *S] (contiguous, or channels-last per sample) from x [B, *S]. seed: int64 in two's complement."""
     x = x.contiguous()
@@ -82,7 +92,8 @@ def noisy_samples(
     n = x[0].numel()
     channels_last = not out.is_contiguous()
     channels = out.shape[2] if channels_last else 1
-    blocks = 256
+    # Four blocks per thread: more share the rounds' constants, but an image of few elements would leave threads idle.
+    blocks = min(512, triton.next_power_of_2(triton.cdiv(n, 64) * 16))
     grid = (batch * num_samples, triton.cdiv(triton.cdiv(n, 64) * 16, blocks))
     _noisy_samples[grid](
         x,
@@ -92,12 +103,14 @@ def noisy_samples(
         seed & 0xFFFFFFFF,
         (seed >> 32) & 0xFFFFFFFF,
         first_sample,
+        image_ids if sample_offset is None else sample_offset,
         num_samples,
         n,
         n // channels,
         channels,
         CHANNELS_LAST=channels_last,
         DOUBLE=out.dtype == torch.float64,
+        OFFSET=sample_offset is not None,
         BLOCKS=blocks,
         enable_fp_fusion=False,
     )

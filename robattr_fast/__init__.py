@@ -1,6 +1,7 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
-from robattr_fast import backends, reference
+from robattr_fast import backends, nn, reference
+from robattr_fast.allocator import tune_allocator
 from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
 from robattr_fast.errors import (
     BackendError,
@@ -10,7 +11,16 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
-from robattr_fast.ops import betting_bounds, count_sparsified_, noisy_samples, packed_gram, sparsify, topk_threshold
+from robattr_fast.ops import (
+    betting_bounds,
+    count_sparsified_,
+    linear_attention,
+    noisy_samples,
+    packed_gram,
+    soft_topk,
+    sparsify,
+    topk_threshold,
+)
 from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
@@ -28,12 +38,16 @@ __all__ = [
     "betting_bounds",
     "certify",
     "count_sparsified_",
+    "linear_attention",
+    "nn",
     "noisy_samples",
     "overlap",
     "packed_gram",
     "reference",
     "smoothgrad",
+    "soft_topk",
     "sparsify",
     "suggest",
     "topk_threshold",
+    "tune_allocator",
 ]

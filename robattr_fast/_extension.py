@@ -43,6 +43,16 @@ def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return load()
 
 
+def can_run_cuda(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """`backends.Implementation.can_run` of the CUDA C++ kernel ``robattr_fast_C::operator``, bound to its name."""
+    if device.type != "cuda":
+        return False, f"the cuda backend takes CUDA tensors, got {device}"
+    loaded, reason = load()
+    if loaded and not torch._C._dispatch_has_kernel_for_dispatch_key(f"robattr_fast_C::{operator}", "CUDA"):
+        return False, "the extension was built without CUDA (needs nvcc and a torch with CUDA at build time)"
+    return loaded, reason
+
+
 def can_run_triton(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """`backends.Implementation.can_run` of every Triton kernel."""
     if importlib.util.find_spec("triton") is None:

@@ -6,10 +6,11 @@ The environment variable ROBATTR_FAST_BACKEND sets the default preference of the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -116,6 +117,16 @@ class use:
         _preference.reset(self._token)
 
 
+@contextlib.contextmanager
+def preferring(chosen: Preference) -> Iterator[None]:
+    """``chosen`` in force. Autograd runs backward functions of CUDA tensors in threads that know of no `use`."""
+    token = _preference.set(chosen)
+    try:
+        yield
+    finally:
+        _preference.reset(token)
+
+
 @functools.cache
 def _log_once(message: str) -> None:
     _logger.warning(message)
@@ -146,7 +157,9 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str
             return name, implementation.call
         if strict:
             raise BackendError(f"{operator}: backend {name!r} was demanded (strict=True), but {reason}")
-        _log_once(f"{operator}: backend {name!r} passed over: {reason}")
+        # What was never written for this operator is no news, unless somebody asked for it.
+        if name in _registry[operator] or name == preference().backend(operator):
+            _log_once(f"{operator}: backend {name!r} passed over: {reason}")
     raise BackendError(f"{operator}: no backend runs on device {device} with dtype {dtype}")
 
 

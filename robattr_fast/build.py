@@ -29,7 +29,17 @@ CXX_FLAGS += [
 ]
 # The oldest LibTorch stable ABI that has everything we call: one binary serves this torch and every later one.
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
-NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false"]
+# Machine code for A100, H100 and B200, and PTX that newer GPUs compile at first use.
+ARCHITECTURES = (80, 90, 100)
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--fmad=false",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+    *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES),
+    f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}",
+]
 
 
 @dataclass(frozen=True)
@@ -60,14 +70,25 @@ def has_compiler() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether torch was built for CUDA and nvcc is there: then the CUDA sources join the extension."""
+    """Whether torch was built for CUDA and nvcc is there: then the CUDA sources join the extension.
+
+    ROBATTR_FAST_CUDA=0 leaves them out, ROBATTR_FAST_CUDA=1 makes it a RuntimeError if they cannot be built.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    sources = any((csrc_folder() / "cuda").glob("*.cu"))
-    return sources and (
-        torch.version.cuda is not None and CUDA_HOME is not None and shutil.which(f"{CUDA_HOME}/bin/nvcc") is not None
-    )
+    wanted = os.environ.get("ROBATTR_FAST_CUDA", "")
+    if wanted == "0":
+        return False
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} was built without CUDA"
+    elif CUDA_HOME is None or shutil.which(f"{CUDA_HOME}/bin/nvcc") is None:
+        reason = "nvcc was not found (set CUDA_HOME)"
+    else:
+        return True
+    if wanted == "1":
+        raise RuntimeError(f"ROBATTR_FAST_CUDA=1, but {reason}")
+    return False
 
 
 def csrc_folder() -> Path:

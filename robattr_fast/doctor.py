@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ import torch
 from robattr_fast import _extension, backends, ops, reference
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.betting_bounds import betting_shares
+from robattr_fast.reference.linear_attention import linear_attention_backward, linear_attention_double_backward
 
 _LINKS = ("kernels", "csrc")
 _OPTIONAL = (
@@ -204,6 +206,19 @@ def _check_packed_gram(device: torch.device) -> list[Case]:
     return cases
 
 
+def _check_soft_topk(device: torch.device) -> list[Case]:
+    # So cold that every sigmoid is 0 or 1 in every backend's arithmetic.
+    small = torch.tensor([3.0, -1.0, 2.0, 0.0, 9.0], device=device)
+    known = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    cases = [("a row known by heart", ops.soft_topk(small, 3, 1e-3), known)]
+    scores = _scores(device)[..., :300].double()
+    scores = torch.where(scores < 1e6, scores, 1.0)
+    for temperature in (10.0, 1e4, 1e8):
+        got, expected = ops.soft_topk(scores, 30, temperature), reference.soft_topk(scores, 30, temperature)[0]
+        cases.append(_close(f"T={temperature:g}", got, expected, torch.ones(())))
+    return cases
+
+
 def _check_betting_bounds(device: torch.device) -> list[Case]:
     counts = torch.tensor([[[0], [1]]], dtype=torch.int32, device=device)
     lower, upper = ops.betting_bounds(counts, 1, 0.1)
@@ -223,21 +238,84 @@ def _check_betting_bounds(device: torch.device) -> list[Case]:
     return cases
 
 
-def _close(what: str, got: torch.Tensor, expected: torch.Tensor) -> Case:
-    """A case of which a backend need not give the expected bits: values nearer than 1e-9 pass for the expected ones."""
+def _linear_attention_arguments(device: torch.device, *shape: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """u_q, u_k, u_v, grad, q, k, v of this shape, small integers in float64, and a mask of the keys."""
+    tensors = [((_scores(device)[0, row] % 7) - 3)[: math.prod(shape)].view(shape).double() for row in range(7)]
+    return tensors, torch.arange(shape[2], device=device).expand(shape[0], -1) % 3 < 2
+
+
+def _linear_attention_cases(
+    device: torch.device, run: Callable[..., Any], definition: Callable[..., Any], last: int
+) -> list[Case]:
+    """``run`` against its definition, both taking the ``last`` of the arguments and keywords, without their rounding
+    and with it."""
+    cases = []
+    # All weights are small integers and the mean is over 4 keys: every backend is exact.
+    tensors, _ = _linear_attention_arguments(device, 1, 2, 4, 3)
+    keywords = {"feature_map": "relu", "causal": False, "normalize": False, "key_padding_mask": None, "eps": 0.0}
+    results = (function(*tensors[-last:], **keywords) for function in (run, definition))
+    for index, (got, expected) in enumerate(zip(*map(_as_tuple, results), strict=True)):
+        cases.append((f"exact result {index}", got, expected))
+    tensors, mask = _linear_attention_arguments(device, 2, 2, 37, 5)
+    for causal in (False, True):
+        keywords = {"feature_map": "elu", "causal": causal, "normalize": True, "key_padding_mask": mask, "eps": 1e-6}
+        results = (function(*tensors[-last:], **keywords) for function in (run, definition))
+        for index, (got, expected) in enumerate(zip(*map(_as_tuple, results), strict=True)):
+            cases.append(_close(f"result {index}, causal={causal}", got, expected, expected.abs().max().cpu()))
+    return cases
+
+
+def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _with_keywords(operator: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *tensors, **keywords: operator(*tensors, *keywords.values())
+
+
+def _check_linear_attention(device: torch.device) -> list[Case]:
+    q, k = torch.tensor([[[[1.0, 2.0]]]], device=device), torch.tensor([[[[1.0, -1.0], [3.0, 1.0]]]], device=device)
+    v = torch.tensor([[[[6.0], [12.0]]]], device=device)
+    # Weights 1 and 5 (relu: the -1 is 0); (1 * 6 + 5 * 12) / 6 = 11.
+    known = ops.linear_attention(q, k, v, feature_map="relu", eps=0.0)
+    return [
+        ("a row known by heart", known, torch.full((1, 1, 1, 1), 11.0)),
+        *_linear_attention_cases(device, ops.linear_attention, reference.linear_attention, 3),
+    ]
+
+
+def _check_linear_attention_backward(device: torch.device) -> list[Case]:
+    operator = _with_keywords(torch.ops.robattr_fast.linear_attention_backward)
+    return _linear_attention_cases(device, operator, linear_attention_backward, 4)
+
+
+def _check_linear_attention_double_backward(device: torch.device) -> list[Case]:
+    operator = _with_keywords(torch.ops.robattr_fast.linear_attention_double_backward)
+    return _linear_attention_cases(device, operator, linear_attention_double_backward, 7)
+
+
+def _close(what: str, got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> Case:
+    """A case of which a backend need not give the expected bits: values nearer than 1e-9 of the scale, by default the
+    expected value itself, pass for the expected ones."""
     got, expected = got.cpu(), expected.cpu()
-    return what, torch.where((got - expected).abs() <= 1e-9 * expected, expected, got), expected
+    near = (got - expected).abs() <= 1e-9 * (expected if scale is None else scale)
+    return what, torch.where(near, expected, got), expected
 
 
 CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
     "noisy_samples": _check_noisy_samples,
     "topk_threshold": _check_topk_threshold,
     "sparsify": _check_sparsify,
+    "soft_topk": _check_soft_topk,
     "count_sparsified_": _check_count_sparsified_,
     "packed_gram": _check_packed_gram,
     "betting_bounds": _check_betting_bounds,
+    "linear_attention": _check_linear_attention,
+    "linear_attention_backward": _check_linear_attention_backward,
+    "linear_attention_double_backward": _check_linear_attention_double_backward,
 }
-"""Per operator the cases of its self-check, through the public function on the backend in force."""
+"""Per operator the cases of its self-check, through the public function on the backend in force; derivatives, which
+have none, through the operator."""
 
 
 def _facts() -> Iterator[Fact]:

@@ -33,8 +33,10 @@ def is_identified(explanation: str | None) -> bool:
     return explanation is None or not (explanation.startswith(_CALLABLE) and "<" in explanation)
 
 
-def private_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the parameters' memory, detached and frozen; buffers are its own.
+def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
+    """A copy in eval mode that shares the parameters' memory, detached; buffers are its own.
+
+    ``frozen=False`` leaves gradients to those of its parameters that have them in the user's model.
 
     A module that torch.export made always says that it is in training mode: of such a one the graph is judged.
 
@@ -50,7 +52,7 @@ def private_copy(model: nn.Module) -> nn.Module:
         if module.training and not exported.contains(graphs, name):
             where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
             raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()}
     try:
         return copy.deepcopy(model, shared)
     except Exception as error:
@@ -121,7 +123,10 @@ def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.
 def input_gradient(
     model: nn.Module, batch: torch.Tensor, target: torch.Tensor | None, *, create_graph: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d f_c / d batch [N, *S], logits [N, classes])."""
+    """(d f_c / d batch [N, *S], logits [N, classes]).
+
+    With ``create_graph`` both carry their graph, to a batch that requires gradients and to the model's parameters.
+    """
     leaf = batch if create_graph else batch.detach().requires_grad_()
     with torch.enable_grad():
         logits = forward(model, leaf)

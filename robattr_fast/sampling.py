@@ -20,12 +20,18 @@ from robattr_fast.errors import ModelError
 from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
+from robattr_fast.step import Step, can_capture
 
 _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.02  # of the run's expected time
+_TIMINGS, _SHORT_SECONDS = 3, 0.02  # of a batch in the trial: so often, unless it has taken so long
+_CLEARLY_SLOWER = 1.1  # a memory format that needs so many times the other's time is dropped from the trial
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+"""In which the model gets its batches."""
 
 _T = TypeVar("_T")
 
@@ -37,6 +43,16 @@ class Segment:
     image: int
     first_sample: int
     count: int
+
+
+@dataclass(frozen=True)
+class SamplingProgress:
+    """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``."""
+
+    image: int
+    images: int
+    samples: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,9 @@ def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, ba
     return segments
 
 
+Work = Callable[[Sequence[Segment], torch.Tensor, "torch.Tensor | None"], _T]
+
+
 class Sampler:
     """Scores of noisy copies of the images x [B, *S] under a model.
 
@@ -68,7 +87,7 @@ class Sampler:
         seed: 0 <= seed < 2^64.
         image_ids: int64 [B].
 
-    Set the batch size before `run`.
+    Set the batch size (and with it the memory format) before `run`.
     """
 
     def __init__(
@@ -88,11 +107,15 @@ class Sampler:
         self.target = target
         self.explain = explain
         self.seed = _check.seed(seed)
-        self.image_ids = image_ids
+        self.image_ids = image_ids.to(x.device)
         self.least, self.most = _model.batch_sizes(model)
         self.folded = False
         self.batch_size = self._clamped(_FIRST_ROWS)
+        self.memory_format = "contiguous"
         self._buffer = torch.empty(0)
+        self._step: Step | None = None
+        # A callable may do what no graph can repeat.
+        self._captures = can_capture(x.device) and isinstance(explain, str)
 
     def prepare(self) -> int:
         """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
@@ -115,14 +138,36 @@ class Sampler:
         with torch.no_grad():
             return _model.forward(self.model, self._buffer)
 
-    def set_batch_size(self, batch_size: int | str, samples: int) -> None:
-        """Rows per forward pass: a number, or "auto" for the fastest by a measured trial before ``samples`` samples."""
+    def set_batch_size(
+        self,
+        batch_size: int | str,
+        samples: int,
+        memory_format: str | None = None,
+        *,
+        largest: int = _LARGEST_BATCH,
+    ) -> None:
+        """Rows per forward pass, and the memory format in which the model gets them.
+
+        Args:
+            batch_size: a number, or "auto" for the fastest by a measured trial before ``samples`` samples.
+            memory_format: one of `MEMORY_FORMATS`; None: by the same trial, contiguous where the batch size is given.
+            largest: batch that the trial considers.
+        """
+        if memory_format is not None and memory_format not in MEMORY_FORMATS:
+            takes = " or ".join(map(repr, MEMORY_FORMATS))
+            raise ValueError(f"memory_format: got {memory_format!r}, takes {takes} or None")
+        if memory_format == "channels_last" and self.x.dim() != 4:
+            raise ValueError(
+                f"memory_format: got 'channels_last' for x of shape {tuple(self.x.shape)}, takes [B,C,H,W]"
+            )
         if batch_size == "auto":
-            self.batch_size = self._fastest_batch_size(samples)
+            formats = [memory_format] if memory_format else self._usable_formats()
+            self.batch_size, self.memory_format = self._fastest(samples, formats, min(largest, samples, _LARGEST_BATCH))
         elif isinstance(batch_size, str):
             raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
         else:
             self.batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
+            self.memory_format = memory_format or "contiguous"
             if self._clamped(self.batch_size) != self.batch_size:
                 takes = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
                 raise ValueError(
@@ -134,49 +179,135 @@ class Sampler:
         rows = max(rows, self.least)
         return rows if self.most is None else min(rows, self.most)
 
-    def _fastest_batch_size(self, samples: int) -> int:
-        """The fastest of 1, 2, 4, ... rows; stops once larger ones are worse, the trial costs too much, or memory ends.
+    def _usable_formats(self) -> list[str]:
+        """The memory formats in which the model computes the same; a callable gets what it expects, contiguous rows."""
+        if self.x.dim() != 4 or self.x.shape[1] == 1 or callable(self.explain):
+            return ["contiguous"]
+        batch = [Segment(0, 0, self.batch_size)]
+        logits = []
+        for name in MEMORY_FORMATS:
+            self.memory_format = name
+            try:
+                logits.append(self._run(batch, self.batch_size)[0].logits.double())
+            except Exception as error:  # a model may take views that only one format allows
+                if name == "contiguous":
+                    raise
+                _logger.info("batches are not channels-last: the model fails on them (%s)", error)
+                return ["contiguous"]
+            finally:
+                self.memory_format = "contiguous"
+        apart = float((logits[1] - logits[0]).norm())
+        if not apart <= torch.finfo(self.x.dtype).eps ** 0.5 * float(logits[0].norm()):
+            _logger.warning("batches are not channels-last: the model gives other logits for them (by %.1e)", apart)
+            return ["contiguous"]
+        return list(MEMORY_FORMATS)
 
-        A model that takes so many rows at least begins with these.
+    def _fastest(self, samples: int, formats: Sequence[str], largest: int) -> tuple[int, str]:
+        """The fastest of 1, 2, 4, ... ``largest`` rows and of the formats.
+
+        Stops once larger batches are worse, the trial costs too much, or memory ends. A model that takes so many rows
+        at least begins with these.
         """
-        best, best_time, spent, worse = self.least, float("inf"), 0.0, 0
+        best, best_time, spent, worse = (self.least, formats[0]), float("inf"), 0.0, 0
         size = self.least
-        while size <= self._clamped(min(_LARGEST_BATCH, samples)):
-            seconds = self._seconds(size)
-            if seconds is None:
+        while size <= self._clamped(largest):
+            timed = {name: seconds for name in formats if (seconds := self._seconds(size, name)) is not None}
+            if not timed:
                 break
-            spent += 2 * seconds
+            spent += 2 * sum(timed.values())
+            fastest = min(timed, key=lambda name: timed[name])
+            seconds = timed[fastest]
             if seconds / size < 0.98 * best_time:
-                best, best_time, worse = size, seconds / size, 0
+                best, best_time, worse = (size, fastest), seconds / size, 0
             else:
                 worse += 1
-            # The next trial costs about four of this one.
-            if worse == 2 or (size >= 4 and spent + 4 * seconds > _TRIAL_SHARE * samples * best_time):
+            # Single rows are no measure of larger batches.
+            if size > 1:
+                formats = [name for name in timed if timed[name] < _CLEARLY_SLOWER * seconds]
+            # The next trial costs about four of this one, for each format.
+            cost = 4 * seconds * len(formats)
+            if worse == 2 or (size >= 4 and spent + cost > _TRIAL_SHARE * samples * best_time):
                 break
             size *= 2
         return best
 
-    def _seconds(self, size: int) -> float | None:
+    def _seconds(self, size: int, memory_format: str) -> float | None:
         """Of one batch of this size; None where it does not fit into memory."""
         batch = [Segment(0, 0, size)]
+        self.memory_format = memory_format
         try:
             self._run(batch, size)  # first touch of this size: allocation, kernel selection
-            start = time.perf_counter()
-            self._run(batch, size)
-            return time.perf_counter() - start
+            self._wait()
+            best, spent = float("inf"), 0.0
+            # A short batch is timed again: one interruption would decide the whole run.
+            for _ in range(_TIMINGS):
+                start = time.perf_counter()
+                self._run(batch, size)
+                self._wait()
+                seconds = time.perf_counter() - start
+                best, spent = min(best, seconds), spent + seconds
+                if spent > _SHORT_SECONDS:
+                    break
+            return best
         except Exception as error:
             if not _model.is_out_of_memory(error):
                 raise
         _logger.info("batches of %d rows do not fit into memory", size)
         return None
 
-    def run(self, segments: Sequence[Segment]) -> list[Scored]:
-        """Score one batch of at most ``batch_size`` rows.
+    def _wait(self) -> None:
+        """Until the device has done what it was told; a CPU always has."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
 
-        Where memory ends, the batch size is halved from here on, and of the segments only as many rows are scored as
-        one such batch holds.
+    def run(self, segments: Sequence[Segment]) -> list[Scored]:
+        """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`).
+
+        Batches of one image are replays of a CUDA graph where the device has such and the model can be captured.
         """
-        return self._sparing(lambda: self._run(_first_rows(segments, self.batch_size), self.batch_size))
+        if len(segments) == 1 and self._captures:
+            scored = self._sparing(lambda: self._replay(_first_rows(segments, self.batch_size)[0]))
+            if scored is not None:
+                return [scored]
+        return self.apply(segments, self._score)
+
+    def _replay(self, segment: Segment) -> Scored | None:
+        """One batch of one image by the captured step; None where the model cannot be captured."""
+        self._prepare_buffer(self.batch_size)
+        if self._step is None or self._step.model is not self.model or self._step.batch is not self._buffer:
+            self._step = None  # the old one's memory goes before the new one's comes
+            try:
+                self._step = Step(
+                    self.model,
+                    self._buffer,
+                    sigma=self.sigma,
+                    explain=self.explain,
+                    seed=self.seed,
+                    targeted=self.target is not None,
+                )
+            except Exception as error:  # of the model's own code, or of the driver
+                if _model.is_out_of_memory(error):
+                    raise
+                self._captures = False
+                _logger.info("batches run eagerly: the model cannot be captured as a CUDA graph (%s)", error)
+                return None
+        i = segment.image
+        target = None if self.target is None else self.target[i : i + 1]
+        scores, logits = self._step(self.x[i : i + 1], self.image_ids[i : i + 1], segment.first_sample, target)
+        return Scored(segment, scores[: segment.count], logits[: segment.count])
+
+    def apply(self, segments: Sequence[Segment], work: Work[_T]) -> _T:
+        """``work`` on one batch: the segments, their noisy rows [batch_size, *S] and the targets of these.
+
+        The rows past those of the segments fill the batch up. Where memory ends, the batch size is halved from here on,
+        and the segments are cut to as many rows as one such batch holds.
+        """
+
+        def attempt() -> _T:
+            first = _first_rows(segments, self.batch_size)
+            return work(first, *self._noisy_rows(first, self.batch_size))
+
+        return self._sparing(attempt)
 
     def _sparing(self, work: Callable[[], _T]) -> _T:
         """``work()``, again with half the batch size as long as memory ends; ModelError if it cannot be halved."""
@@ -190,15 +321,21 @@ class Sampler:
                     rows = "one row" if self.batch_size == 1 else f"{self.batch_size} rows"
                     raise ModelError(f"model: it runs out of memory with {rows} per batch ({error})") from error
             # Outside of the handler: the error holds on to the frames, and so to the memory, of what failed.
-            self._buffer = torch.empty(0)
+            self._buffer, self._step = torch.empty(0), None
             self.batch_size //= 2
             _logger.warning("out of memory: going on with batches of %d rows", self.batch_size)
 
+    def _prepare_buffer(self, batch_size: int) -> None:
+        """A buffer of as many rows, in the memory format chosen."""
+        memory_format = MEMORY_FORMATS[self.memory_format]
+        if self._buffer.shape[:1] != (batch_size,) or not self._buffer.is_contiguous(memory_format=memory_format):
+            self._buffer = torch.empty(0)  # the old one goes before the new one comes
+            shape = (batch_size, *self.x.shape[1:])
+            self._buffer = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=memory_format)
+
     def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
         """Noisy rows, as many as the segments have, into a buffer of just as many."""
-        if self._buffer.shape[:1] != (batch_size,):
-            self._buffer = torch.empty(0)  # the old one goes before the new one comes
-            self._buffer = self.x.new_empty((batch_size, *self.x.shape[1:]))
+        self._prepare_buffer(batch_size)
         row = 0
         for segment in segments:
             i = segment.image
@@ -213,13 +350,21 @@ class Sampler:
             row += segment.count
 
     def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+        return self._score(segments, *self._noisy_rows(segments, batch_size))
+
+    def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
         last = segments[-1]
         surplus = batch_size - sum(segment.count for segment in segments)
         padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
         self._fill(padded, batch_size)
-        images = [segment.image for segment in padded for _ in range(segment.count)]
-        target = None if self.target is None else self.target[images]
-        scores, logits = _model.scores(self.model, self._buffer, target, self.explain)
+        if self.target is None:
+            return self._buffer, None
+        # Indexing by a list would wait for the device.
+        return self._buffer, torch.cat([self.target[s.image : s.image + 1].expand(s.count) for s in padded])
+
+    def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
+        scores, logits = _model.scores(self.model, batch, target, self.explain)
         row = 0
         scored = []
         for segment in segments:

@@ -35,11 +35,18 @@ def backend(request):
         yield request.param
 
 
+# A row of real size; under the interpreter, a thousand times slower, one that kernels treat like it.
+LONG_ROW = 17_000 if INTERPRETED else 150_528
+ROW = 33 if INTERPRETED else 1000
+
+
 def examples(count: int):
-    """The same ``count`` examples in every run."""
+    """The same ``count`` examples in every run, an eighth of them under the interpreter."""
     # The backend fixture is set once for all examples, which is what is meant.
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks)
+    return settings(
+        max_examples=count // 8 if INTERPRETED else count, derandomize=True, deadline=None, suppress_health_check=checks
+    )
 
 
 def _with_specials(row, rng, values):
@@ -91,6 +98,8 @@ def make_row(kind: str, n: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
     """A row of n scores of one of KINDS."""
     return np.ascontiguousarray(KINDS[kind](n, np.dtype(dtype), np.random.default_rng(seed)))
 
+
+LONG_KINDS = ("all bits", "few values", "nan") if INTERPRETED else tuple(sorted(KINDS))
 
 # Around vector widths, around the length from which rows are sampled, and real sizes.
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 100, 784, 1000, 3072, 8191, 8192, 8193, 20001)

@@ -118,6 +118,16 @@ def test_fallback_is_logged_once_with_the_reason(toy, caplog):
     assert [record.message for record in caplog.records] == ["toy: backend 'triton' passed over: it takes CUDA tensors"]
 
 
+def test_a_backend_that_nobody_wrote_is_passed_over_in_silence(toy, caplog):
+    del toy["cuda"]
+    with caplog.at_level(logging.WARNING, "robattr_fast"):
+        assert chosen(CUDA) == "triton"
+        assert not caplog.records
+        with backends.use("cuda"):
+            assert chosen(CUDA) == "triton"
+    assert [record.message for record in caplog.records] == ["toy: backend 'cuda' passed over: toy has no cuda backend"]
+
+
 def test_strict_raises_the_reason(toy):
     toy["triton"] = implementation("triton", False, "it takes CUDA tensors")
     del toy["cuda"]

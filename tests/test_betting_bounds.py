@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from _operators import backend, needs_extension
+from _operators import INTERPRETED, backend, needs_extension
 from mpmath import mp, mpf
 from scipy.stats import binom
 
@@ -219,9 +219,10 @@ def test_images_have_their_own_number_of_samples(backend):
 
 @pytest.mark.parametrize("levels", [1, 4])
 def test_chunks_and_tables_do_not_change_the_result(backend, levels):
-    counts = random_counts(8000, levels, 300)
+    rows = 300 if INTERPRETED else 8000
+    counts = random_counts(rows, levels, 300)
     lower, upper = betting_bounds(counts, 300, 1e-4)
-    some = torch.tensor([0, 1, 7, 3999, 7999])
+    some = torch.tensor([0, 1, 7, rows // 2 - 1, rows - 1])
     few = betting_bounds(counts[:, some], 300, 1e-4)
     torch.testing.assert_close((lower[:, some], upper[:, some]), few, rtol=1e-9, atol=1e-15)
 
@@ -236,7 +237,7 @@ def test_two_levels_of_a_finer_scale_are_one_level(backend):
 @pytest.mark.parametrize("levels", [1, 3])
 def test_monotone_in_the_counts(backend, levels):
     samples = 200
-    counts = random_counts(500, levels, samples)
+    counts = random_counts(100 if INTERPRETED else 500, levels, samples)
     with_zero = torch.cat([samples - counts.sum(2, keepdim=True), counts], 2)
     before = betting_bounds(counts, samples, 0.01)
     for level in range(levels):

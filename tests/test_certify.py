@@ -457,6 +457,17 @@ def test_samples_are_kept_on_request(levels, gamma, tmp_path):
         rf.certify(MODEL, x, **settings, second_moment=False, keep_samples=True)
 
 
+@pytest.mark.parametrize(("retain", "blocks"), [(1200, 1), (600, 2)])
+def test_second_moments_of_a_later_look_do_not_depend_on_earlier_ones(retain, blocks):
+    """A Gram matrix grows between looks inside a block, and starts anew in the next one."""
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 1100, "retain": retain, "batch_size": 50}
+    once = rf.certify(MODEL, images(1), **settings)
+    looked = rf.certify(MODEL, images(1), **settings, stop=rf.StopWhen(k=20, radius=10.0, overlap=1.0))
+    assert torch.equal(looked.gram_summary, once.gram_summary)
+    assert torch.equal(looked.directions, once.directions)
+    assert looked.gram_summary[0, :2].tolist() == [1100, blocks]
+
+
 def test_second_moments_cost_nothing_when_declined():
     certificate = rf.certify(MODEL, images(), **COMMON, second_moment=False, batch_size=8)
     assert certificate.gram_summary is None

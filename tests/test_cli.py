@@ -414,7 +414,7 @@ def test_progress_on_a_terminal(monkeypatch):
         return cert
 
     with SampleProgress(console, images=4) as progress:
-        tell = progress.image(1, "photo", 1000, k_share=0.3, radius=0.1)
+        tell = progress.images([(1, "photo")], 1000, k_share=0.3, radius=0.1)
         for samples in (250, 500):
             tell(Progress(0, 1, samples, 1000, so_far))
         progress._bar.refresh()
@@ -428,5 +428,5 @@ def test_progress_on_a_terminal(monkeypatch):
 def test_no_progress_off_a_terminal():
     console = Console(file=io.StringIO())
     with SampleProgress(console, images=1) as progress:
-        assert progress.image(0, "photo", 1000, k_share=0.3, radius=0.1) is False
+        assert progress.images([(0, "photo")], 1000, k_share=0.3, radius=0.1) is False
     assert console.file.getvalue() == ""

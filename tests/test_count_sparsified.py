@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from _operators import DTYPES, KINDS, backend, examples, make_row, sorted_levels
+from _operators import DTYPES, INTERPRETED, KINDS, LONG_KINDS, LONG_ROW, ROW, backend, examples, make_row, sorted_levels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +74,7 @@ def test_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype):
 @pytest.mark.parametrize("levels", [1, 4, 15])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
-    scores = torch.randn(2, 9, 3000).to(dtype)
+    scores = torch.randn(2, 9, 3 * ROW).to(dtype)
     scores[1, 3, 5] = torch.nan
     counts, invalid = count(scores, 0.2, 0.05, levels)
     level = torch.round(rf.sparsify(scores, 0.2, 0.05, levels=levels) * levels)
@@ -105,7 +105,7 @@ def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 15])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 3000, 3001])
+@pytest.mark.parametrize("n", [1, 3 * ROW, 3 * ROW + 1])
 def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
     scores = torch.randn(2, 9, n).to(dtype)
     scores[1, 3, n // 2] = torch.nan
@@ -119,7 +119,7 @@ def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
 
 @pytest.mark.parametrize("levels", [1, 15])
 def test_packed_real_size(backend, levels):
-    scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in sorted(KINDS)])[None]
+    scores = torch.stack([torch.from_numpy(make_row(kind, LONG_ROW, seed=3)) for kind in LONG_KINDS])[None]
     assert torch.equal(pack(scores, 0.1, 0.02, levels)[2], expected_packed(scores.numpy(), 0.1, 0.02, levels))
 
 
@@ -134,7 +134,7 @@ def test_packed_into_part_of_a_buffer(backend):
 
 @pytest.mark.parametrize("levels", [1, 15])
 def test_real_size(backend, levels):
-    scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in sorted(KINDS)])[None]
+    scores = torch.stack([torch.from_numpy(make_row(kind, LONG_ROW, seed=3)) for kind in LONG_KINDS])[None]
     counts, invalid = count(scores, 0.1, 0.02, levels)
     expected, expected_invalid = expected_counts(scores.numpy(), 0.1, 0.02, levels)
     np.testing.assert_array_equal(counts.numpy(), expected)
@@ -142,13 +142,14 @@ def test_real_size(backend, levels):
 
 
 def test_more_rows_than_one_wave(backend):
-    scores = torch.rand(3, 700, 100)
+    samples = 70 if INTERPRETED else 700
+    scores = torch.rand(3, samples, 100)
     counts, _, packed = pack(scores, 1.0, 0.1, 3)
     level = torch.round(rf.sparsify(scores, 1.0, 0.1, levels=3) * 3).to(torch.uint8)
     assert torch.equal(packed, pack_levels(level, 3))
-    assert counts.sum(dim=-1).eq(700).all()
+    assert counts.sum(dim=-1).eq(samples).all()
     split = torch.zeros_like(counts)
-    for part in scores.split([1, 300, 399], dim=1):
+    for part in scores.split([1, 30, samples - 31], dim=1):
         rf.count_sparsified_(split, part, 1.0, 0.1)
     assert torch.equal(split, counts)
 
@@ -162,13 +163,13 @@ def test_adds_to_counts(backend):
 
 
 def test_views_of_scores(backend):
-    scores = torch.randn(4, 6, 500)
+    scores = torch.randn(4, 6, ROW // 2)
     for view in (
         scores.transpose(0, 1),
         scores[:, ::2],
         scores[..., 3::7],
         scores.transpose(1, 2),
-        scores[:1].expand(5, 6, 500),
+        scores[:1].expand(5, -1, -1),
     ):
         assert torch.equal(count(view, 0.2)[0], count(view.contiguous(), 0.2)[0])
 

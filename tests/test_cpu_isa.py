@@ -26,6 +26,10 @@ with rf.backends.use("cpu", strict=True):
         for n in (1, 5, 64, 1000, 8195):
             x = torch.randn(2, n).to(dtype)
             add(rf.noisy_samples(x, 0.3, 5, seed=2**64 - 1, first_sample=2**31))
+            for sigma in (1e-7, 1e6):  # half's denormals, and its overflow
+                add(rf.noisy_samples(torch.zeros_like(x), sigma, 2))
+        for shape in ((3, 40, 40), (5, 31, 29), (70, 9, 9)):
+            add(rf.noisy_samples(torch.randn(2, *shape).to(dtype), 0.3, 2, channels_last=True))
     for n in (1, 7, 33, 784, 8192, 30001):
         rows = torch.stack([torch.from_numpy(make_row(kind, n, seed=5)) for kind in sorted(KINDS)])
         for dtype in DTYPES:

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,21 @@ PACKAGE = ROOT / "robattr_fast"
 
 # A module imports from its own entry here or from an earlier one; entries on one line may not import each other.
 LAYERS = [
-    {"errors", "build", "rounding"},
+    {"errors", "build", "rounding", "allocator", "machine"},
     {"_extension", "reference", "kernels", "backends"},
     {"ops"},
     {"exported"},
     {"model"},
-    {"folding"},
+    {"folding", "step"},
     {"sampling"},
+    {"differentiable"},
     {"smoothgrad", "nn"},
     {"certify", "attacks", "training", "curvature"},
     {"images"},
     {"models", "plots", "runs", "integrations"},
     {"report"},
     {"doctor"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -91,6 +95,12 @@ def test_every_operator_is_public():
     for schema in _schema._PUBLIC:
         name = schema.split("(")[0]
         assert name in package.__all__, f"{name} is not exported by robattr_fast"
+
+
+def test_the_package_imports_without_optional_ones():
+    optional = ["captum", "matplotlib", "PIL", "quantus", "rich", "skimage", "timm", "transformers", "triton", "typer"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({optional!r})); import robattr_fast.nn"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("link", ["kernels", "csrc"])

@@ -1,6 +1,7 @@
 """The loop over samples where memory ends, and the trial that chooses the batch size."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 import robattr_fast as rf
 from robattr_fast import sampling
+from robattr_fast.certify import engine
+from robattr_fast.certify.replay import replay
 
 X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 300}
@@ -134,3 +137,136 @@ def test_folding_needs_no_memory_to_be_optional(monkeypatch):
     model = small_cnn()
     model[2] = Large().eval()
     assert rf.certify(model, X, **COMMON, batch_size=8).samples.tolist() == [300, 300]
+
+
+class Pictures(nn.Module):
+    """Three channels to two classes; remembers the memory formats of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+        self.channels_last = Shared()
+        self.eval()
+
+    def forward(self, z):
+        self.channels_last.append(z.is_contiguous(memory_format=torch.channels_last) and not z.is_contiguous())
+        return self.head(self.convolution(z).relu().mean((2, 3)))
+
+
+class NeedsViews(Pictures):
+    def forward(self, z):
+        return super().forward(z.view(z.shape[0], -1).view(z.shape))
+
+
+class Peeks(Pictures):
+    """Not a function of its input alone."""
+
+    def forward(self, z):
+        return super().forward(z) + z.stride(1)
+
+
+COLOURED = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(4))
+PICTURES = {"sigma": 0.3, "tau": 0.2, "samples": 64}
+
+
+def channels_last_is(monkeypatch, factor):
+    """Pretend that batches in channels-last take ``factor`` times as long as the others."""
+
+    def seconds(self, size, memory_format):
+        return size * (factor if memory_format == "channels_last" else 1.0)
+
+    monkeypatch.setattr(sampling.Sampler, "_seconds", seconds)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "channels_last"), (2.0, "contiguous")])
+def test_the_faster_memory_format_is_taken_and_recorded(monkeypatch, tmp_path, factor, expected):
+    channels_last_is(monkeypatch, factor)
+    model = Pictures()
+    certificate = rf.certify(model, COLOURED, **PICTURES, second_moment=False)
+    assert certificate.settings.memory_format == expected
+    assert model.channels_last[-1] == (expected == "channels_last")
+    certificate.save(tmp_path / "c.safetensors")
+    loaded = rf.Certificate.load(tmp_path / "c.safetensors")
+    assert loaded.settings.memory_format == expected
+    before = len(model.channels_last)
+    assert not replay(loaded, model, COLOURED[0], samples=None).faults
+    assert model.channels_last[-1] == (expected == "channels_last")
+    assert len(model.channels_last) > before
+
+
+def test_both_formats_sample_the_same_noise():
+    model = Pictures()
+    one, other = (
+        rf.certify(model, COLOURED, **PICTURES, batch_size=16, memory_format=name) for name in sampling.MEMORY_FORMATS
+    )
+    flips = (one.counts - other.counts).abs().sum() / one.counts.sum()
+    assert flips < 0.01  # rounding only
+    assert torch.equal(one.class_counts, other.class_counts)
+
+
+@pytest.mark.parametrize(("model", "reason"), [(NeedsViews(), "the model fails on them"), (Peeks(), "other logits")])
+def test_models_that_mind_the_format_get_contiguous_rows(monkeypatch, caplog, model, reason):
+    channels_last_is(monkeypatch, 0.5)
+    with caplog.at_level(logging.INFO, logger="robattr_fast"):
+        certificate = rf.certify(model, COLOURED, **PICTURES)
+    assert certificate.settings.memory_format == "contiguous"
+    assert reason in caplog.text
+
+
+def test_a_callable_gets_contiguous_rows(monkeypatch):
+    channels_last_is(monkeypatch, 0.5)
+    contiguous = []
+
+    def explain(model, batch, target):
+        contiguous.append(batch.is_contiguous())
+        return batch
+
+    rf.certify(Pictures(), COLOURED, **PICTURES, explain=explain)
+    assert all(contiguous)
+
+
+def test_a_given_batch_size_leaves_nothing_to_measure(monkeypatch):
+    channels_last_is(monkeypatch, 0.5)
+    assert rf.certify(Pictures(), COLOURED, **PICTURES, batch_size=8).settings.memory_format == "contiguous"
+
+
+@pytest.mark.parametrize(("x", "wrong"), [(COLOURED, "nhwc"), (COLOURED.flatten(1), "channels_last")])
+def test_wrong_memory_formats_are_refused(x, wrong):
+    model = Pictures() if x.dim() == 4 else nn.Linear(432, 2).eval()
+    with pytest.raises(ValueError, match=f"memory_format: got '{wrong}'"):
+        rf.certify(model, x, **PICTURES, memory_format=wrong)
+
+
+@pytest.mark.parametrize("samples", [256, 8192])
+def test_the_trial_is_a_small_part_of_the_run(monkeypatch, samples):
+    """Batches take a fixed time and a time per row, which channels-last shortens: trials cost what they would."""
+    spent = []
+
+    def seconds(self, size, memory_format):
+        time = 5 + size * (1.0 if memory_format == "contiguous" else 0.7)
+        spent.append(2 * time)
+        return time
+
+    monkeypatch.setattr(sampling.Sampler, "_seconds", seconds)
+    sampler = sampling.Sampler(
+        Pictures(), COLOURED, sigma=0.3, target=None, explain="gradient", seed=0, image_ids=torch.tensor([0])
+    )
+    sampler.prepare()
+    sampler.set_batch_size("auto", samples)
+    assert sampler.memory_format == "channels_last"
+    if samples >= 4096:
+        rate = (5 + 0.7 * sampler.batch_size) / sampler.batch_size
+        assert sum(spent) <= 0.02 * samples * rate * 1.5
+
+
+def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
+    """A larger one would be padding: images are looked at after 64 samples each."""
+    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
+    monkeypatch.setattr(engine, "_Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))
+    stop = rf.StopWhen(k=20, radius=0.1, overlap=0.5)
+    assert rf.certify(Pictures(), COLOURED[:1], **settings, stop=stop) == 64
+    assert rf.certify(Pictures(), COLOURED[:1].repeat(2, 1, 1, 1), **settings, stop=stop) == 128
+    assert rf.certify(Pictures(), COLOURED[:1], **settings) > 128

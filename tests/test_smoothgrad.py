@@ -1,5 +1,7 @@
 """SmoothGrad kinds against plain loops over the same noise."""
 
+import sys
+
 import pytest
 import torch
 from models import Elementwise, small_cnn
@@ -37,6 +39,7 @@ EXPECTED = {
     "sparsified": lambda g: (
         rf.reference.sparsify(g.abs().float().flatten(2), 0.2, 0.1, levels=4).mean(1).view_as(g[:, 0])
     ),
+    "soft_topk": lambda g: rf.reference.soft_topk(g.abs().float().flatten(2), 10, 0.1)[0].mean(1).view_as(g[:, 0]),
 }
 
 
@@ -56,6 +59,7 @@ def test_kinds_match_a_plain_loop(kind, target):
         tau=0.2,
         gamma=0.1,
         levels=4,
+        temperature=0.1 if kind == "soft_topk" else None,
         batch_size=8,
     )
     assert got.shape == x.shape
@@ -68,6 +72,8 @@ def test_batches_and_images_are_independent(kind):
     model = Elementwise(2, 5, 5).eval()
     x = torch.rand(3, 2, 5, 5)
     settings = {"kind": kind, "sigma": SIGMA, "samples": SAMPLES}
+    if kind == "soft_topk":
+        settings["temperature"] = 0.1
     whole = rf.smoothgrad(model, x, **settings, batch_size=10)
     for batch_size in (1, 64, "auto"):
         torch.testing.assert_close(
@@ -110,6 +116,13 @@ def test_half_models_give_float32_maps():
         ({"sigma": 0}, "sigma"),
         ({"samples": 0}, "samples"),
         ({"tau": 2}, "tau"),
+        ({"kind": "soft_topk"}, "temperature: got None"),
+        ({"kind": "soft_topk", "temperature": 0.0}, "temperature: got 0.0"),
+        (
+            {"kind": "soft_topk", "temperature": 1.0, "tau": 1.0},
+            "tau: got 1.0, takes for kind='soft_topk' less than all",
+        ),
+        ({"kind": "vargrad", "temperature": 1.0}, "temperature: got 1.0, takes None for kind='vargrad'"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -124,3 +137,17 @@ def test_a_nan_gradient_is_an_error():
 
     with pytest.raises(rf.NonFiniteError, match="of image 0 has a NaN or infinite gradient"):
         rf.smoothgrad(Root().eval(), torch.ones(1, 4), sigma=5.0, samples=40)
+
+
+def test_progress(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["robattr_fast.smoothgrad"], "_REPORT_SECONDS", 0.0)
+    events = []
+    rf.smoothgrad(small_cnn(), torch.rand(2, 1, 12, 12), sigma=0.1, samples=6, batch_size=4, progress=events.append)
+    assert [(e.image, e.images, e.samples, e.total) for e in events] == [
+        (0, 2, 4, 6),
+        (0, 2, 6, 6),
+        (1, 2, 2, 6),
+        (1, 2, 6, 6),
+    ]
+    rf.smoothgrad(small_cnn(), torch.rand(1, 1, 12, 12), sigma=0.1, samples=6, batch_size=6, progress=True)
+    assert capsys.readouterr().err == "image 1/1: 6/6 samples\n"

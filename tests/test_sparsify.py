@@ -1,11 +1,16 @@
 """`sparsify` on every backend against a sort, and its gradients."""
 
+import dataclasses
+import threading
+
 import numpy as np
 import pytest
 import torch
 from _operators import (
     DTYPES,
-    KINDS,
+    LONG_KINDS,
+    LONG_ROW,
+    ROW,
     backend,
     examples,
     make_row,
@@ -61,10 +66,10 @@ def test_against_sort(backend, row, tau, ratio, levels, step):
     assert (h > 0).sum() <= selected(tau, row.size)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", LONG_KINDS)
 @pytest.mark.parametrize("levels", [1, 15, None])
 def test_long_rows(backend, kind, levels):
-    row = make_row(kind, 150_528, seed=1)
+    row = make_row(kind, LONG_ROW, seed=1)
     for tau, gamma in ((0.1, 0.01), (0.9, 0.5)):
         h = rf.sparsify(torch.from_numpy(row), tau, gamma, levels=levels).numpy()
         np.testing.assert_array_equal(h, expected_map(row, tau, gamma, levels))
@@ -124,7 +129,7 @@ def test_invalid_rows_are_nan_and_others_are_not(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [1, 15, None])
 def test_dtypes_and_strides(backend, dtype, levels):
-    scores = torch.randn(2, 3, 1000).to(dtype)
+    scores = torch.randn(2, 3, ROW).to(dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for view in (scores, scores.transpose(0, 1), scores[..., ::3], scores.transpose(1, 2), scores.flip(1)):
         h = rf.sparsify(view, 0.3, 0.1, levels=levels)
@@ -170,6 +175,22 @@ def test_third_derivative(backend):
         return torch.autograd.grad((first**2).sum(), s, create_graph=True)[0]
 
     torch.autograd.gradcheck(second, scores)
+
+
+def test_backward_in_another_thread_keeps_the_backend(monkeypatch):
+    """Autograd's threads of CUDA devices do not inherit the context of the caller."""
+    ran = []
+    implementation = rf.backends._registry["topk_threshold"]["reference"]
+    recorded = dataclasses.replace(implementation, call=lambda *args: ran.append(1) or implementation.call(*args))
+    monkeypatch.setitem(rf.backends._registry["topk_threshold"], "reference", recorded)
+    scores = spaced(2, 20)
+    with rf.backends.use("reference", strict=True):
+        total = rf.sparsify(scores, 0.5, 0.2, levels=None).sum()
+    thread = threading.Thread(target=total.backward)
+    thread.start()
+    thread.join()
+    assert ran == [1]
+    assert scores.grad.count_nonzero() > 0
 
 
 def test_gradient_by_hand(backend):

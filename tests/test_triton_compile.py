@@ -15,50 +15,209 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from robattr_fast.kernels import noisy_samples  # noqa: E402
+from robattr_fast.kernels import (  # noqa: E402
+    _select,
+    betting_bounds,
+    count_sparsified,
+    noisy_samples,
+    packed_gram,
+    soft_topk,
+    sparsify,
+)
 
 ARCHITECTURES = (80, 90, 100)
+INTEGERS = ("n", "k_tau", "k_gamma", "passes", "span", "samples", "samples_per_program", "row_bytes", "m", "m2", "rows")
 
 
-def _resources(cubin: bytes, folder) -> dict[str, int]:
-    """Registers and stack bytes of the one kernel in a cubin."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
+def _cuobjdump(argument: str, path) -> str:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     assert shutil.which(tool), f"triton ships no cuobjdump at {tool}"
-    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return subprocess.run([tool, argument, path], capture_output=True, text=True, check=True).stdout
+
+
+class Compiled:
+    """A kernel as a GPU would get it: PTX, SASS instructions, and what it needs."""
+
+    def __init__(self, kernel, signature, constants, architecture, folder, *, num_warps=4, aligned=(), **options):
+        names = kernel.arg_names
+        types = dict.fromkeys(INTEGERS, "i32") | {"row_stride": "i64"} | signature
+        types |= dict.fromkeys(constants, "constexpr")
+        # What the launcher sees at run time: allocations are aligned, and so are some sizes.
+        aligned = {name for name in names if types[name].startswith("*")} | set(aligned)
+        compiled = triton.compile(
+            ASTSource(
+                fn=kernel,
+                signature={name: types[name] for name in names},
+                constexprs=constants,
+                attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+            ),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": num_warps, **options},
+        )
+        self.ptx = compiled.asm["ptx"]
+        self.shared = compiled.metadata.shared
+        path = folder / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", path)))
+        self.registers, self.stack = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
+        self.sass = [line for line in lines if line != "NOP"]
+
+    def assert_within(self, registers: int, shared: int):
+        assert self.registers <= registers
+        assert self.shared <= shared
+        assert self.stack == 0, "registers spill"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("pointer", "channels_last"), [("*fp32", False), ("*fp32", True), ("*bf16", True), ("*fp64", False)]
+    ("pointer", "channels_last", "per_normal"),
+    [("*fp32", False, 65), ("*fp32", True, 86), ("*bf16", True, 90), ("*fp64", False, 66)],
 )
-def test_noisy_samples(architecture, pointer, channels_last, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    signature = {
-        "x": pointer,
-        "out": pointer,
-        "image_ids": "*i64",
-        "sigma": "fp64",
-        "seed_low": "i64",
-        "seed_high": "i64",
-        "first_sample": "i64",
-        **dict.fromkeys(("num_samples", "n", "plane", "channels"), "i32"),
-        **dict.fromkeys(("CHANNELS_LAST", "DOUBLE", "BLOCKS"), "constexpr"),
-    }
-    constants = {"CHANNELS_LAST": channels_last, "DOUBLE": pointer == "*fp64", "BLOCKS": 256}
+def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_path):
+    blocks = 512
+    compiled = Compiled(
+        noisy_samples._noisy_samples,
+        {
+            "x": pointer,
+            "out": pointer,
+            "image_ids": "*i64",
+            "sigma": "fp64",
+            "seed_low": "i64",
+            "seed_high": "i64",
+            "first_sample": "i64",
+            "sample_offset": "*i64",
+            **dict.fromkeys(("num_samples", "plane", "channels"), "i32"),
+        },
+        {"CHANNELS_LAST": channels_last, "DOUBLE": pointer == "*fp64", "OFFSET": True, "BLOCKS": blocks},
+        architecture,
+        tmp_path,
+        enable_fp_fusion=False,
+    )
     # Arguments that equal 1 must stay arguments: as constants they would have no type to convert.
     assert {"seed_low", "seed_high"} <= set(noisy_samples._noisy_samples.do_not_specialize)
-    compiled = triton.compile(
-        ASTSource(fn=noisy_samples._noisy_samples, signature=signature, constexprs=constants),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"enable_fp_fusion": False},
+    assert "fma.rn.f32" not in compiled.ptx, "a contracted multiply-add breaks the promise of equal bits"
+    assert "sqrt.rn.f32" in compiled.ptx
+    assert "sqrt.approx" not in compiled.ptx
+    compiled.assert_within(registers=64, shared=0)
+    # All of the program, the rarely taken path of the square root included, over the normals of one thread.
+    assert len(compiled.sass) / (4 * blocks / 128) <= per_normal
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("pointer", "block", "registers", "shared"),
+    [("*bf16", 1024, 120, 0), ("*fp32", 16384, 120, 64), ("*fp64", 16384, 128, 128)],
+)
+def test_select_in_one_block(architecture, pointer, block, registers, shared, tmp_path):
+    wide = pointer == "*fp64"
+    out = pointer if wide else "*fp32"
+    compiled = Compiled(
+        _select.select_in_one_block,
+        {"scores": pointer, "least": out, "g": out},
+        {"SUPPORT": True, "RANKS": 2, "WIDE": wide, "BLOCK": block},
+        architecture,
+        tmp_path,
+        num_warps=block // 1024,
     )
-    ptx = compiled.asm["ptx"]
-    assert "fma.rn.f32" not in ptx, "a contracted multiply-add breaks the promise of equal bits"
-    assert "sqrt.rn.f32" in ptx
-    assert "sqrt.approx" not in ptx
-    used = _resources(compiled.asm["cubin"], tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, "registers spill"
-    assert used["REG"] <= 64
+    compiled.assert_within(registers, shared)
+    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_select_by_histograms(architecture, wide, tmp_path):
+    pointer = "*fp64" if wide else "*fp32"
+    types = {"scores": pointer, "histograms": "*i32", "nonfinite": "*i32", "least": pointer, "g": pointer}
+    constants = {"SUPPORT": True, "RANKS": 2, "WIDE": wide}
+    counted = Compiled(
+        _select.count_digits, types, constants | {"BLOCK": _select._PART}, architecture, tmp_path, aligned=["span"]
+    )
+    counted.assert_within(registers=255 if architecture == 80 else 168, shared=1024)
+    assert any(line.startswith("VOTE") for line in counted.sass), "digits are counted by warp votes"
+    Compiled(_select.read_histograms, types, constants, architecture, tmp_path).assert_within(registers=40, shared=16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("levels", "pack", "registers", "shared"), [(1, True, 40, 256), (15, True, 168, 1024)])
+def test_count_sparsified(architecture, levels, pack, registers, shared, tmp_path):
+    compiled = Compiled(
+        count_sparsified.count_levels,
+        {"counts": "*i32", "scores": "*fp32", "least": "*fp32", "g": "*fp32", "packed": "*u8"},
+        {"LEVELS": levels, "PADDED": levels + levels // 15, "PACK": pack, "SPLIT": True, "BLOCK": 512},
+        architecture,
+        tmp_path,
+        aligned=["row_bytes"],
+    )
+    compiled.assert_within(registers, shared)
+    assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("levels", "registers"), [(0, 48), (15, 56)])
+def test_sparsify(architecture, levels, registers, tmp_path):
+    compiled = Compiled(
+        sparsify.sparsify_rows,
+        dict.fromkeys(("scores", "out", "least", "g"), "*fp32"),
+        {"LEVELS": levels, "BLOCK": 1024},
+        architecture,
+        tmp_path,
+    )
+    compiled.assert_within(registers, 0)
+    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+    assert "div.rn.f32" in compiled.ptx
+    assert "div.full" not in compiled.ptx, "float32 division is approximate"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_betting_bounds(architecture, tmp_path):
+    compiled = Compiled(
+        betting_bounds.lower_bounds,
+        {"counts": "*i32", "target": "fp64", "log_shares": "fp64", **dict.fromkeys(("shares", "bounds"), "*fp64")},
+        {"LEVELS": 15, "SHARES": 32, "MAX_STEPS": 100, "BLOCK": 16},
+        architecture,
+        tmp_path,
+    )
+    compiled.assert_within(registers=112, shared=128)
+    assert "lg2.approx" not in compiled.ptx, "a logarithm is approximate"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", [1, 4])
+def test_packed_gram(architecture, bits, tmp_path):
+    tile, width = packed_gram._TILE, packed_gram._BYTES
+    compiled = Compiled(
+        packed_gram.gram_tile,
+        {"out": "*i64", **dict.fromkeys(("other", "mask"), "*u8"), "rows": "*u8"},
+        {"BITS": bits, "MASKED": True, "SYMMETRIC": True, "TILE": tile, "BYTES": width},
+        architecture,
+        tmp_path,
+        aligned=["row_bytes", "span"],
+    )
+    compiled.assert_within(registers=248, shared=16384)
+    tensor_core = {80: "IMMA", 90: "IGMMA", 100: "IMMA"}[architecture]
+    assert any(line.split()[0].startswith(tensor_core) for line in compiled.sass), "tensor cores are not used"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("pointer", "registers", "shared"), [("*fp32", 96, 64), ("*bf16", 96, 64), ("*fp64", 192, 64)])
+def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
+    out = "*fp64" if pointer == "*fp64" else "*fp32"
+    numbers = ("shrink", "factor0", "factor1", "lowest", "highest", "settled", "resolution")
+    compiled = Compiled(
+        soft_topk.soft_topk_rows,
+        {"scores": pointer, "out": out, "pivots": out, "offsets": "*fp64", "k": "i32"} | dict.fromkeys(numbers, "fp64"),
+        {"BLOCK": soft_topk._BLOCK},
+        architecture,
+        tmp_path,
+    )
+    compiled.assert_within(registers, shared)
+    # exp looks at high words so, log starts the reciprocal of 1 + its mantissa so: neither loses anything.
+    flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
+    assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}

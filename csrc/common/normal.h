@@ -19,8 +19,9 @@ ROBATTR_INLINE void box_muller(u32 radius_word, u32 phase_word, f32& z0, f32& z1
   p = t * (t * (t * p + 1.0f) - 2.0f);
   const f32 radius = square_root(to_float(31 - exponent) * 1.38629436f + p);
 
-  // odd multiples of 2^-23 quarter turns, in (-1, 1)
-  const f32 y = to_float((i32)(((phase_word & 0x3FFFFFFFu) >> 7) * 2u) - 0x7FFFFF) * 0x1p-23f;
+  // Odd multiples of 2^-23 quarter turns, in (-1, 1): 23 bits become the fraction of a float in [2, 4).
+  const f32 turn = float_from_bits((i32)((phase_word >> 7 & 0x7FFFFFu) | 0x40000000u));
+  const f32 y = (turn - 3.0f) + 0x1p-23f;
   const f32 y2 = y * y;
   f32 s = y2 * -3.59545069e-05f + 0.00249000709f;
   s = s * y2 + -0.0807454363f;
@@ -30,11 +31,11 @@ ROBATTR_INLINE void box_muller(u32 radius_word, u32 phase_word, f32& z0, f32& z1
   c = c * y2 + -0.308424503f;
   c = y2 * c + 1.0f;
 
-  // The quadrant swaps sine and cosine (bit 0) and sets their signs.
-  const i32 swap = -(i32)((phase_word >> 30) & 1u);
-  const i32 cosine_sign = (i32)(((phase_word + 0x40000000u) & 0x80000000u));
-  const i32 sine_sign = (i32)(phase_word & 0x80000000u);
-  const i32 differ = (bits_of(s) ^ bits_of(c)) & swap;
-  z0 = radius * float_from_bits(bits_of(c) ^ differ ^ cosine_sign);
-  z1 = radius * float_from_bits(bits_of(s) ^ differ ^ sine_sign);
+  // The quadrant, bits 31 and 30, swaps sine and cosine (bit 30) and sets their signs.
+  const auto odd = (i32)(phase_word << 1) < 0;
+  const f32 first = odd ? s : c, second = odd ? c : s;
+  const i32 first_sign = (i32)((phase_word + 0x40000000u) & 0x80000000u);
+  const i32 second_sign = (i32)(phase_word & 0x80000000u);
+  z0 = radius * float_from_bits(bits_of(first) ^ first_sign);
+  z1 = radius * float_from_bits(bits_of(second) ^ second_sign);
 }

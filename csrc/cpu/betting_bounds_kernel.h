@@ -5,17 +5,6 @@
 // or below the root of f = target, and needs no check there. Iterates approach the root by Halley's rule until the last
 // Newton step loses less than the tolerance.
 
-#if ROBATTR_ISA == ROBATTR_ISA_AVX512
-typedef double f64 __attribute__((vector_size(64)));
-typedef uint64_t u64 __attribute__((vector_size(64)));
-#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
-typedef double f64 __attribute__((vector_size(32)));
-typedef uint64_t u64 __attribute__((vector_size(32)));
-#else
-typedef double f64 __attribute__((vector_size(16)));
-typedef uint64_t u64 __attribute__((vector_size(16)));
-#endif
-
 #include "common/log64.h"
 
 constexpr int kWidth = sizeof(f64) / sizeof(double);

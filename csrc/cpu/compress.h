@@ -1,13 +1,5 @@
 // Integer vectors of one register, comparisons to bit masks, and packing the lanes that a mask names. Included by
-// cpu/select.h; no include guard. Wider vectors than a register, as in cpu/simd.h, gcc compares one lane at a time.
-
-#if ROBATTR_ISA == ROBATTR_ISA_AVX512
-constexpr int kRegister = 64;
-#elif ROBATTR_ISA == ROBATTR_ISA_AVX2
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
+// cpu/select.h; no include guard.
 
 template <class Key>
 struct VectorOf {

@@ -21,10 +21,10 @@ namespace robattr_fast::baseline {
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,f16c,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c,popcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,f16c,popcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,popcnt")
 #endif
 #define ROBATTR_ISA ROBATTR_ISA_AVX2
 namespace robattr_fast::avx2 {

@@ -1,10 +1,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "common/philox_keys.h"
 #include "cpu/operators.h"
 
 namespace robattr_fast {
@@ -12,16 +14,23 @@ namespace {
 
 // What the noise of one sample depends on, besides the element.
 struct Stream {
-  uint64_t seed;
+  const PhiloxKeys& keys;
   uint32_t sample, image;
 };
 
-// Elements of one sample; elements of one channel; distance of neighbouring pixels in the output.
-struct Row {
-  int64_t n, plane, pixel_stride;
-};
+constexpr int64_t kTile = 64;
+// Of one task: its strip of all channels, before they are interleaved, stays in the first-level cache.
+constexpr int64_t kTaskElements = 4096;
+constexpr int64_t kMostPlanes = kTaskElements / kTile;
 
-constexpr int64_t kTilesPerTask = 128;
+// `channels` planes of `plane` elements each, of which one pixel has one element; in the output the channels of a pixel
+// are neighbours. Contiguous output is one channel.
+struct Layout {
+  int64_t channels, plane;
+
+  // Pixels of one task, in whole tiles.
+  int64_t strip() const { return kTaskElements / std::min(channels, kMostPlanes) / kTile * kTile; }
+};
 
 }  // namespace
 }  // namespace robattr_fast
@@ -44,24 +53,24 @@ std::vector<T> to_vector(const Tensor& x) {
 
 template <class Compute, class Out>
 void run(Out* out, const Tensor& x, double sigma, uint64_t seed, int64_t first_sample, const int64_t* image_ids,
-         int64_t num_samples, const Row& row) {
+         int64_t num_samples, const Layout& layout) {
   std::vector<Compute> converted;
   const Compute* input = static_cast<const Compute*>(x.const_data_ptr());
   if (x.scalar_type() != scalar_type_of<Compute>) {
     converted = to_vector<Compute>(x);
     input = converted.data();
   }
-  const auto kernel = ROBATTR_DISPATCH(noisy_tiles<Compute, Out>);
-  const int64_t tiles = (row.n + 63) / 64;
-  const int64_t tasks = (tiles + kTilesPerTask - 1) / kTilesPerTask;
-  parallel_for(0, x.size(0) * num_samples * tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t task = i % tasks, draw = i / tasks;
-      const int64_t image = draw / num_samples, sample = draw % num_samples;
-      const Stream stream{seed, static_cast<uint32_t>(first_sample + sample), static_cast<uint32_t>(image_ids[image])};
-      const int64_t first = task * kTilesPerTask;
-      kernel(input + image * row.n, out + draw * row.n, static_cast<Compute>(sigma), stream, row, first,
-             std::min(first + kTilesPerTask, tiles));
+  const auto kernel = ROBATTR_DISPATCH(noisy_pixels<Compute, Out>);
+  const PhiloxKeys keys(seed);
+  const int64_t n = layout.channels * layout.plane;
+  const int64_t strip = layout.strip(), strips = (layout.plane + strip - 1) / strip;
+  parallel_for(0, x.size(0) * num_samples * strips, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / strips, b = row / num_samples, sample = row % num_samples;
+      const Stream stream{keys, static_cast<uint32_t>(first_sample + sample), static_cast<uint32_t>(image_ids[b])};
+      const int64_t first = task % strips * strip;
+      kernel(input + b * n, out + row * n, static_cast<Compute>(sigma), stream, layout, first,
+             std::min(first + strip, layout.plane));
     }
   });
 }
@@ -71,19 +80,19 @@ void run(Out* out, const Tensor& x, double sigma, uint64_t seed, int64_t first_s
 void noisy_samples(Tensor out, Tensor x, double sigma, int64_t seed, int64_t first_sample, Tensor image_ids) {
   const int64_t num_samples = out.size(1);
   const int64_t n = x.numel() / x.size(0);
-  Row row{n, n, 1};
+  Layout layout{1, n};
   if (!out.is_contiguous()) {
     // Each sample channels-last: [C, H, W] with channel stride 1.
     STD_TORCH_CHECK(out.dim() == 5 && out.stride(2) == 1 && out.stride(4) == out.size(2) && out.stride(1) == n,
                     "noisy_samples: out must be contiguous, or channels-last contiguous per sample");
-    row = Row{n, n / out.size(2), out.size(2)};
+    layout = Layout{out.size(2), n / out.size(2)};
   }
   const auto* ids = static_cast<const int64_t*>(image_ids.const_data_ptr());
   dispatch_float(out.scalar_type(), [&](auto tag) {
     using Out = decltype(tag);
     using Compute = std::conditional_t<std::is_same_v<Out, double>, double, float>;
     run<Compute>(static_cast<Out*>(out.mutable_data_ptr()), x, sigma, static_cast<uint64_t>(seed), first_sample, ids,
-                 num_samples, row);
+                 num_samples, layout);
   });
 }
 

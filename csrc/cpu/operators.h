@@ -53,6 +53,9 @@ void packed_gram(Tensor out, Tensor rows, Tensor other, std::optional<Tensor> ma
 // out [rows], float or double, contiguous; scores [rows, n] of any strides.
 void topk_threshold(Tensor out, Tensor scores, int64_t k);
 
+// out [rows, n] and pivot [rows], float or double, offset [rows], double, contiguous; scores [rows, n] of any strides.
+void soft_topk(Tensor out, Tensor pivot, Tensor offset, Tensor scores, int64_t k, double temperature);
+
 // out [rows, n], float or double, contiguous; scores [rows, n] of any strides. levels = 0: not rounded.
 void sparsify(Tensor out, Tensor scores, int64_t k_tau, int64_t k_gamma, int64_t levels);
 
@@ -63,5 +66,18 @@ bool count_sparsified_(Tensor counts, Tensor invalid, std::optional<Tensor> pack
 
 // lower and upper float64 [B, n]; counts int32 [B, n, L], samples int64 [B], shares float64 [32], all contiguous.
 void betting_bounds(Tensor lower, Tensor upper, Tensor counts, Tensor samples, Tensor shares, double log_inverse_delta);
+
+// All tensors [B, H, N, width] with last stride 1: out, q, k, v of one dtype; mask bool [B, keys], contiguous;
+// feature_map: its place in FEATURE_MAPS of robattr_fast/reference/linear_attention.py.
+void linear_attention(Tensor out, Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t feature_map,
+                      bool causal, bool normalize, double eps);
+
+void linear_attention_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad, Tensor q, Tensor k, Tensor v,
+                               std::optional<Tensor> mask, int64_t feature_map, bool causal, bool normalize,
+                               double eps);
+
+void linear_attention_double_backward(Tensor of_grad, Tensor of_q, Tensor of_k, Tensor of_v, Tensor u_q, Tensor u_k,
+                                      Tensor u_v, Tensor grad, Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
+                                      int64_t feature_map, bool causal, bool normalize, double eps);
 
 }  // namespace robattr_fast

@@ -6,6 +6,7 @@
 // result. Ties at the bound are only counted, so that rows of few distinct values are no slower than others.
 
 #include "common/float_key.h"
+#include "common/level_edges.h"
 #include "cpu/compress.h"
 
 template <class Key>
@@ -231,16 +232,10 @@ static Support<Key> select_support(const Key* bits, int64_t n, int64_t k_tau, in
   return {size, g, true};
 }
 
-// The keys of g * (l / L), l = 0..L-1, both operations rounded.
+// The keys of g * (l / L), l = 0..L-1.
 template <class Key>
 static void level_edges(Key g, int levels, Key* edges) {
-  using Float = typename FloatBits<Key>::Float;
-  Float value;
-  std::memcpy(&value, &g, sizeof value);
-  for (int l = 0; l < levels; ++l) {
-    const Float edge = value * (static_cast<Float>(l) / static_cast<Float>(levels));
-    std::memcpy(edges + l, &edge, sizeof edge);
-  }
+  for (int l = 0; l < levels; ++l) edges[l] = level_edge(g, l, levels);
 }
 
 // level[i] = number of edges below keys[i], for i < size; stores up to kPadding elements past it.

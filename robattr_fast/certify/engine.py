@@ -81,7 +81,7 @@ class _Run:
     def __post_init__(self) -> None:
         several = self.stop is not None and self.state.retained and self.samples >= 2
         self.moment_looks = set(look_schedule(self.samples)) if several else {self.samples}
-        self.looks = sorted(self.moment_looks | set(_betting_looks(self.samples))) if self.stop else [self.samples]
+        self.looks = sorted(self.moment_looks | set(betting_looks(self.samples))) if self.stop else [self.samples]
         self.wanted = [self._next_look(done) for done in self.state.done]
         for image in range(len(self.wanted)):
             self._look(image)
@@ -142,7 +142,7 @@ class _Run:
         self.last_save = time.monotonic()
 
 
-def _betting_looks(samples: int) -> Iterator[int]:
+def betting_looks(samples: int) -> Iterator[int]:
     """Multiples of 64, so that usual batches are not cut."""
     look = _FIRST_LOOK
     while look < samples:
@@ -165,7 +165,7 @@ def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate |
         raise ValueError(
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
-    moving = ("intervals", "batch_size", "folded", "versions", "backends")
+    moving = ("intervals", "batch_size", "memory_format", "folded", "versions", "backends")
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
     if differ:
@@ -199,6 +199,7 @@ def certify(
     keep_samples: bool = False,
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
+    memory_format: str | None = None,
     on_nonfinite: str = "raise",
     checkpoint: str | os.PathLike | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -229,6 +230,8 @@ def certify(
             second moments again.
         stop: end an image's sampling early, once this is certified; takes bound="betting".
         batch_size: rows per forward pass, or "auto" for a short measured trial.
+        memory_format: "contiguous" or "channels_last", in which the model gets its batches; None: by the same trial,
+            contiguous where batch_size is a number. Models round differently in each: the certificate records it.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
             that also counts as 1 in every upper bound ("abstain").
         checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
@@ -289,6 +292,7 @@ def certify(
         second_moment=second_moment,
         retain=retain if second_moment else 0,
         on_nonfinite=on_nonfinite,
+        batch_images=x.shape[0],
         model_fingerprint=_model.fingerprint(model),
         input_hashes=tuple(_model.input_hash(image) for image in x),
         **environment(x.device),
@@ -310,13 +314,16 @@ def certify(
             backends=joined(earlier.backends, settings.backends),
         )
     classes = sampler.prepare()
-    state = State(
-        dataclasses.replace(settings, folded=sampler.folded), x.shape[0], classes, x.device, keep_samples=keep_samples
-    )
-    if resumed is None or path is None:
-        sampler.set_batch_size(batch_size, samples * x.shape[0])
+    if resumed is None:
+        # Rows beyond the first look of every image would be padding.
+        useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
+        sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format, largest=useful)
     else:
+        then = resumed.settings
+        sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
+    settings = dataclasses.replace(settings, folded=sampler.folded, memory_format=sampler.memory_format)
+    state = State(settings, x.shape[0], classes, x.device, keep_samples=keep_samples)
+    if resumed is not None and path is not None:
         state.restore(path)
-        sampler.set_batch_size(resumed.settings.batch_size or batch_size, samples)
     report = _print_progress if progress is True else progress or None
     return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

@@ -39,6 +39,8 @@ def differences(recorded: Settings, device: torch.device) -> list[str]:
             for name in sorted(theirs.keys() | ours.keys())
             if theirs.get(name) != ours.get(name)
         ]
+    if recorded.batch_images is not None and recorded.batch_images > 1:
+        found.append(f"batches shared by {recorded.batch_images} images, here by one")
     if recorded.batch_size is None:
         found.append("batch size unknown")
     return found

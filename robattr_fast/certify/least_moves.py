@@ -66,7 +66,7 @@ class DeflatedCost:
         rank = len(self._squares)
         attained = self._cost(np.zeros(rank))
         # Outside of this square the coordinates v_j . d = c_j / sqrt(1 - w_j^2) alone make ||W d||^2 exceed all costs.
-        reach = np.sqrt(attained[-1] * (1 - self._squares) / self._squares)
+        reach = np.sqrt(attained.max() * (1 - self._squares) / self._squares)
         cells = [(np.zeros(rank), float(reach.max()))]
         bounds = np.maximum(attained - rank * cells[0][1] ** 2, 0.0)[None]
         evaluations = 1
@@ -83,7 +83,7 @@ class DeflatedCost:
             for signs in itertools.product((-1, 1), repeat=rank):
                 centre = middle + half * np.array(signs)
                 outside = np.maximum(np.abs(centre) - half, 0.0) ** 2 / (1 - self._squares)
-                if (nearest := float(self._squares @ outside)) > attained[-1]:
+                if (nearest := float(self._squares @ outside)) > attained.max():
                     continue
                 cost = self._cost(centre) + self._squares @ centre**2
                 evaluations += 1

@@ -68,6 +68,8 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,
         device=" + ".join(sorted(devices)) or None,
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
+        batch_images=first.batch_images if first.batch_images == second.batch_images else None,
+        memory_format=first.memory_format if first.memory_format == second.memory_format else None,
         folded=first.folded if first.folded == second.folded else None,
         backends=joined(first.backends, second.backends),
         versions=joined(first.versions, second.versions),

@@ -43,6 +43,24 @@ def no_summary(images: int) -> torch.Tensor:
     return torch.zeros(images, SUMMARY_COLUMNS, dtype=torch.float64)
 
 
+def grow_gram(gram: torch.Tensor | None, rows: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """The Gram matrix int64 [m, m] of packed rows uint8 [m, row_bytes], given that of the first few (or None).
+
+    Only products with a new row are formed: to grow to m costs as much, in all, as one matrix of m rows.
+    """
+    if gram is None:
+        return packed_gram(rows, num_levels)
+    old, new = rows[: len(gram)], rows[len(gram) :]
+    if len(new) == 0:
+        return gram
+    grown = gram.new_empty((len(rows), len(rows)))
+    grown[: len(old), : len(old)] = gram
+    grown[len(old) :, len(old) :] = packed_gram(new, num_levels)
+    grown[len(old) :, : len(old)] = packed_gram(new, num_levels, old)
+    grown[: len(old), len(old) :] = grown[len(old) :, : len(old)].T
+    return grown
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What the retained samples of one image prove, block by block: `with_block` adds one.

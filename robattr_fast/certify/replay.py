@@ -139,7 +139,7 @@ def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sam
         image_ids=torch.tensor(settings.image_ids),
     )
     state = State(settings, 1, sampler.prepare(), x.device)
-    sampler.set_batch_size(settings.batch_size or _BATCH_SIZE, 1)
+    sampler.set_batch_size(settings.batch_size or _BATCH_SIZE, 1, settings.memory_format)
     return sampler, state
 
 

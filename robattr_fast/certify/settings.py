@@ -55,8 +55,9 @@ class Settings:
             evaluated by betting, whatever its size.
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         model_fingerprint, input_hashes: of the model, and of each image.
-        device, batch_size, folded, backends, versions: where and how the samples were taken: rows per forward pass,
-            whether BatchNorm was folded, backends per operator.
+        device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
+            taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
+            (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
 
     Raises:
         ValueError: a value outside its range.
@@ -87,6 +88,8 @@ class Settings:
     input_hashes: tuple[str, ...] | None = None
     device: str | None = None
     batch_size: int | None = None
+    batch_images: int | None = None
+    memory_format: str | None = None
     folded: bool | None = None
     backends: dict[str, str] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)

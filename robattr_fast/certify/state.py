@@ -12,13 +12,20 @@ from robattr_fast import model as _model
 from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import block_rows, rows_in_blocks
-from robattr_fast.certify.moments import FEWEST_ROWS, Summary, no_summary, summary_of
+from robattr_fast.certify.moments import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.sampling import Scored
+
+_NONE = 2**63 - 1  # the first invalid sample where all are valid
+
+
+def _waits(tensor: torch.Tensor) -> bool:
+    """Whether to look at a value costs more than the look: the host would wait for the device."""
+    return tensor.device.type != "cpu"
 
 
 class State:
@@ -36,7 +43,9 @@ class State:
             self.counts = torch.zeros((images, settings.n, settings.levels), dtype=torch.int32, device=device)
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
+        self.first_invalid = torch.full((images,), _NONE, dtype=torch.int64, device=device)
         self.done = [0] * images
+        self._sizes = torch.empty(0)
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
         self.retained = (
@@ -51,53 +60,74 @@ class State:
         assert segment.first_sample == first_sample + self.done[segment.image]
         scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
-        votes = scored.logits.argmax(dim=1)
-        if invalid:
-            valid = torch.isfinite(scores).all(dim=1)
-            if self.settings.on_nonfinite == "raise":
-                sample = segment.first_sample + int((~valid).to(torch.int8).argmax())
-                raise NonFiniteError(
-                    f"model: sample {sample} of image {segment.image} gave NaN or infinite scores "
-                    "(on_nonfinite='zero' or 'abstain' certify such a map, the default 'raise' does not)"
-                )
-            votes = votes[valid]
+        valid = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+        if _waits(invalid) or bool(invalid):
             self.invalid[segment.image] += invalid
-        self.class_counts[segment.image] += torch.bincount(votes, minlength=self.class_counts.shape[1]).to(torch.int32)
+            valid = torch.isfinite(scores).all(dim=1)
+            samples = torch.arange(segment.first_sample, segment.first_sample + segment.count, device=valid.device)
+            first = torch.where(valid, _NONE, samples).amin()
+            self.first_invalid[segment.image] = torch.minimum(self.first_invalid[segment.image], first)
+            if not _waits(invalid):
+                self.check()
+        self.class_counts[segment.image].index_add_(0, scored.logits.argmax(dim=1), valid.to(torch.int32))
         self.done[segment.image] += segment.count
 
+    def check(self) -> None:
+        """NonFiniteError for an invalid sample, unless the settings allow such. Waits for the device."""
+        if self.settings.on_nonfinite != "raise":
+            return
+        for image, sample in enumerate(self.first_invalid.tolist()):
+            if sample != _NONE:
+                raise NonFiniteError(
+                    f"model: sample {sample} of image {image} gave NaN or infinite scores "
+                    "(on_nonfinite='zero' or 'abstain' certify such a map, the default 'raise' does not)"
+                )
+
     def scores(self, scored: Scored) -> torch.Tensor:
-        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class."""
-        scores = scored.scores.abs() if self.settings.explain in _model.EXPLANATIONS else scored.scores
+        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class.
+
+        Valid until the next call.
+        """
+        scores = scored.scores
+        # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
+        if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
+            self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+        if self.settings.explain in _model.EXPLANATIONS:
+            scores = torch.abs(scores, out=self._sizes)
+        else:
+            scores = self._sizes.copy_(scores)
         if self.settings.channel_sum:
             scores = scores.sum(dim=1)
         scores = scores.flatten(1)
-        classless = ~torch.isfinite(scored.logits).all(dim=1)
-        return scores.masked_fill(classless[:, None], torch.nan) if bool(classless.any()) else scores
+        # One NaN makes a row invalid.
+        scores[:, 0].masked_fill_(~torch.isfinite(scored.logits).all(dim=1), torch.nan)
+        return scores
 
-    def _count(self, image: int, scores: torch.Tensor) -> int:
-        """Add the maps of all rows; the number of invalid ones."""
+    def _count(self, image: int, scores: torch.Tensor) -> torch.Tensor:
+        """Add the maps of all rows; the number of invalid ones, int32 [] on the device."""
         tau, gamma = self.settings.tau, self.settings.gamma
         assert tau is not None
         if self.counts is not None:
-            counts, invalid = self.counts[image : image + 1], 0
+            counts, invalid = self.counts[image : image + 1], self.invalid.new_zeros(())
             while len(scores):
                 kept = min(len(scores), self.retained[image].missing) if self.retained else 0
-                if not kept:
-                    return invalid + int(count_sparsified_(counts, scores[None], tau, gamma))
-                packed = self.retained[image].next_rows(kept)
-                found = int(count_sparsified_(counts, scores[None, :kept], tau, gamma, packed=packed[None]))
-                self.retained[image].written(kept, found)
-                invalid, scores = invalid + found, scores[kept:]
+                part = scores[: kept or len(scores)]
+                packed = self.retained[image].next_rows(kept)[None] if kept else None
+                found = count_sparsified_(counts, part[None], tau, gamma, packed=packed)[0]
+                if kept:
+                    self.retained[image].written(kept, found)
+                invalid, scores = invalid + found, scores[len(part) :]
             return invalid
         assert self.sums is not None
         h = sparsify(scores, tau, gamma, levels=None)
         self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
-        return int(h.isnan().any(dim=1).sum())
+        return h.isnan().any(dim=1).sum(dtype=torch.int32)
 
     def certificate(
         self, first_sample: int, batch_size: int, image: int | None = None, *, moments: bool = True
     ) -> Certificate:
         """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
+        self.check()
         chosen = slice(None) if image is None else slice(image, image + 1)
         images = range(len(self.done))[chosen]
         settings = self.settings if image is None else self.settings.select([image])
@@ -146,7 +176,7 @@ class State:
             blocks = [rows.finished.to_tensors() for rows in self.retained]
             tensors[f"{files.CHECKPOINT}gram_summary"] = torch.stack([row for row, _ in blocks])
             tensors[f"{files.CHECKPOINT}directions"] = torch.stack([directions for _, directions in blocks])
-            tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([rows.invalid for rows in self.retained])
+            tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([int(rows.invalid) for rows in self.retained])
             for image, rows in enumerate(self.retained):
                 if rows.packed is not None:
                     tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.rows().cpu()
@@ -182,9 +212,12 @@ class Retained:
         self.device = device
         self.block = block_rows(planned, settings.retain)
         self.total = rows_in_blocks(planned, planned, settings.retain) if self.block >= FEWEST_ROWS else 0
-        self.filled = self.invalid = 0  # of the block that is not complete
         self.packed: torch.Tensor | None = None
         self.finished = summary_of(settings, planned)
+        # Of the block that is not complete. Its Gram matrix is that of the rows at the last look; it is not saved.
+        self.filled = 0
+        self.invalid = torch.zeros((), dtype=torch.int32, device=device)
+        self._gram: torch.Tensor | None = None
         self._summary: Summary | None = None
 
     @property
@@ -208,15 +241,16 @@ class Retained:
     def _allocate(self, row_bytes: int) -> torch.Tensor:
         return torch.empty((self.total if self.keep else self.block, row_bytes), dtype=torch.uint8, device=self.device)
 
-    def written(self, count: int, invalid: int) -> None:
-        """The next ``count`` rows are there, ``invalid`` of them of invalid samples."""
+    def written(self, count: int, invalid: torch.Tensor) -> None:
+        """The next ``count`` rows are there, ``invalid`` (int32 []) of them of invalid samples."""
         self.filled += count
-        self.invalid += invalid
+        self.invalid = self.invalid + invalid
         self._summary = None
         if self.missing == 0:
             self.finished = self.summary()
-            self.filled = self.invalid = 0
-            self._summary = None
+            self.filled = 0
+            self.invalid = torch.zeros_like(self.invalid)
+            self._gram = self._summary = None
             if not self.keep and self.missing == 0:
                 self.packed = None
 
@@ -231,7 +265,10 @@ class Retained:
         if self.packed is None or not self.filled or (self.finished.rows and self.missing):
             return self.finished
         if self._summary is None:
-            self._summary = self.finished.with_block(self.rows()[self._first :].cpu(), self.invalid)
+            assert self.settings.levels is not None
+            rows = self.rows()[self._first :].cpu()
+            self._gram = grow_gram(self._gram, rows, self.settings.levels)
+            self._summary = self.finished.with_block(rows, int(self.invalid), self._gram)
         return self._summary
 
     def restore(
@@ -239,7 +276,8 @@ class Retained:
     ) -> None:
         """Go on from a checkpoint."""
         self.finished = self.finished.restored(summary, directions)
-        self.filled, self.invalid = min(done, self.total) - self.finished.rows, invalid
+        self.filled = min(done, self.total) - self.finished.rows
+        self.invalid.fill_(invalid)
         held = self._first + self.filled
         if self.filled and rows is None:
             raise ValueError("checkpoint: it lacks the rows of its samples")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from robattr_fast.cli.bench import bench
 from robattr_fast.cli.certify import certify
 from robattr_fast.cli.doctor import doctor
 from robattr_fast.cli.report import report
@@ -18,4 +19,5 @@ app = typer.Typer(
 app.command()(certify)
 app.command()(verify)
 app.command()(report)
+app.command()(bench)
 app.command()(doctor)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from robattr_fast import images, models
-from robattr_fast.certify import Certificate, files
-from robattr_fast.certify import certify as certify_images
-from robattr_fast.cli.errors import EXPECTED, bad_input_exits, one_line, report
+from robattr_fast import images, models, tune_allocator
+from robattr_fast.certify import files
+from robattr_fast.cli.errors import bad_input_exits, report
 from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
-from robattr_fast.cli.progress import SampleProgress
-from robattr_fast.cli.results import Results, Row, label
-from robattr_fast.cli.resume import SAMPLING, Earlier, stop_rule
-from robattr_fast.errors import CertifyInterrupted, ModelError, NonFiniteError
-from robattr_fast.model import fingerprint
-from robattr_fast.runs import CERTIFICATE
-
-# Of one image, not of the run: the next image may do better.
-_IMAGE_FAILURES = (images.ImageError, NonFiniteError, OSError, torch.OutOfMemoryError)
+from robattr_fast.cli.results import Results
+from robattr_fast.cli.resume import Earlier, stop_rule
+from robattr_fast.cli.run import Run
+from robattr_fast.errors import ModelError
 
 
 def certify(
@@ -90,6 +82,10 @@ def certify(
     batch_size: Annotated[
         str, typer.Option(help="Rows per forward pass, or auto: the fastest by a short trial.")
     ] = "auto",
+    memory_format: Annotated[
+        str | None,
+        typer.Option(help="contiguous or channels_last; default: by the same trial.", show_default=False),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
     ] = None,
@@ -113,6 +109,7 @@ def certify(
         stop_rule(settings, n=2)
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
+        tune_allocator()  # elsewhere than on glibc there is nothing to tune
         place = checked_device(device)
         sources = images.find(paths)
         _make_writable(out)
@@ -121,7 +118,7 @@ def certify(
         chosen = models.load(model, size=size)
         earlier = Earlier(out, sources, fresh=fresh)
         results = Results(out, settings, radii, place, earlier.of_this_run(settings))
-        interrupted = _run(sources, chosen, settings, results, earlier)
+        interrupted = Run(sources, chosen, settings, results, earlier).go()
     if results.rows:
         console.print(results.table())
         console.print(results.footnote(), highlight=False)
@@ -131,112 +128,6 @@ def certify(
         raise typer.Exit(130)
     if results.failures:
         raise typer.Exit(1)
-
-
-def _run(
-    sources: list[images.Source], model: models.Model, settings: dict[str, Any], results: Results, earlier: Earlier
-) -> bool:
-    """All images, one after the other; whether Ctrl-C ended it."""
-    module = model.module.to(results.device)
-    model_fingerprint = fingerprint(module)
-    batch_sizes: dict[torch.Size, int | str] = {}
-    with SampleProgress(Console(stderr=True), len(sources)) as progress:
-        for index, source in enumerate(sources):
-            try:
-                x = images.read(source.path, model.preprocess)
-                show = progress.image(
-                    index, source.name, settings["samples"], k_share=settings["k"], radius=results.radii[0]
-                )
-                wanted = batch_sizes.get(x.shape, settings["batch_size"])
-                start = time.perf_counter()
-                cert, interrupted = earlier.finished(source, x, model_fingerprint, settings, results.device), False
-                drawn = cert is not None and earlier.drawn(source, settings)
-                spent = 0.0
-                if cert is None:
-                    cert, interrupted = _sample(
-                        module, x, {**settings, "batch_size": wanted}, results.device, show, earlier.checkpoint(source)
-                    )
-                    spent = time.perf_counter() - start
-                seconds = spent + earlier.seconds(source, cert)
-                results.add(_write(source, x, cert, model.class_names, results, seconds, drawn=drawn))
-                if not interrupted:
-                    earlier.checkpoint(source).unlink(missing_ok=True)
-                if interrupted:
-                    return True
-                batch_sizes[x.shape] = cert.settings.batch_size or wanted
-            except _IMAGE_FAILURES as error:
-                _fail(results, source, error)
-            except EXPECTED as error:
-                # Settings and model have worked before: then it is this image that they do not fit.
-                if not results.rows:
-                    raise
-                _fail(results, source, error)
-    return False
-
-
-def _sample(
-    module: torch.nn.Module,
-    x: torch.Tensor,
-    settings: dict[str, Any],
-    device: torch.device,
-    progress: Any,
-    checkpoint: Path,
-) -> tuple[Certificate, bool]:
-    """The certificate of one image [C, H, W], and whether Ctrl-C cut it short: what was sampled until then is valid."""
-    try:
-        cert = certify_images(
-            module,
-            x[None].to(device),
-            image_ids=[images.image_id(x)],
-            batch_size=settings["batch_size"],
-            stop=stop_rule(settings, x[0].numel() if settings["channel_sum"] else x.numel()),
-            checkpoint=checkpoint,
-            progress=progress,
-            **{name: settings[name] for name in SAMPLING},
-        )
-        return cert, False
-    except CertifyInterrupted as error:
-        return error.certificate, True
-
-
-def _write(
-    source: images.Source,
-    x: torch.Tensor,
-    cert: Certificate,
-    class_names: Sequence[str] | None,
-    results: Results,
-    seconds: float,
-    *,
-    drawn: bool,
-) -> Row:
-    """The files of one image (``drawn``: they are there already), and its row of the table."""
-    from robattr_fast import plots
-
-    k = max(1, int(results.settings["k"] * cert.settings.n))
-    row = Row(
-        name=source.name,
-        source=str(source.path),
-        image_id=images.image_id(x),
-        label=label(cert, class_names),
-        cert=cert,
-        k=k,
-        overlaps=cert.overlap(k, results.radii),
-        seconds=seconds,
-    )
-    if drawn:
-        return row
-    title = f"{source.name}: {row.label.name if class_names else f'class {row.label.number}'}"
-    figure = plots.certificate_figure(x, cert, k=k, radii=results.radii, title=title)
-    # The certificate last: where it is finished, so is its picture.
-    plots.save(figure, results.folder / f"{source.name}.png")
-    cert.save(results.folder / f"{source.name}{CERTIFICATE}")
-    return row
-
-
-def _fail(results: Results, source: images.Source, error: Exception) -> None:
-    message = one_line(error)
-    results.fail(source.name, source.path, message)
-    report(message if str(source.path) in message else f"{source.path}: {message}")
 
 
 def _require_packages() -> None:

@@ -75,6 +75,7 @@ def record_faults(cert: Certificate, record: Record) -> list[str]:
             "image_id": _only(settings.image_ids),
             "input_hash": _only(settings.input_hashes),
             "batch_size": settings.batch_size,
+            "memory_format": settings.memory_format,
         }
         faults += [
             f"{MANIFEST} says {name} {said.get(name)}, the file {held[name]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -23,7 +24,7 @@ class _Rate(ProgressColumn):
 
 
 class SampleProgress:
-    """``with SampleProgress(...) as progress: ...``; one bar per image, replaced by the next."""
+    """``with SampleProgress(...) as progress: ...``; one bar per group of images, replaced by the next."""
 
     def __init__(self, console: Console, images: int) -> None:
         self._images = images
@@ -46,13 +47,16 @@ class SampleProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bar.stop()
 
-    def image(self, index: int, name: str, samples: int, *, k_share: float, radius: float):
-        """Start the bar of one image; returns the callable for `certify`'s ``progress``, or False off a terminal."""
+    def images(self, named: Sequence[tuple[int, str]], samples: int, *, k_share: float, radius: float):
+        """Start the bar of images (index in the run, name) that are sampled together.
+
+        Returns the callable for `certify`'s ``progress``, or False off a terminal.
+        """
         if self._bar.disable:
             return False
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        task = self._bar.add_task(f"{name} ({index + 1}/{self._images})", total=samples, certified="")
+        task = self._bar.add_task("", total=samples * len(named), certified="")
         next_look = time.monotonic() + _FIRST_LOOK
 
         def progress(event: Event) -> None:
@@ -65,6 +69,9 @@ class SampleProgress:
                 self._bar.update(task, certified=f"{percent(share)} at {radius:g}")
                 now = time.monotonic()
                 next_look = now + _LOOK_SHARE * (now - start)
-            self._bar.update(task, completed=event.samples)
+            index, name = named[event.image]
+            # Earlier images of the group are done, whether they took all samples or stopped.
+            done = samples * event.image + event.samples
+            self._bar.update(task, completed=done, description=f"{name} ({index + 1}/{self._images})")
 
         return progress

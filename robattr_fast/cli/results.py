@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.table import Table
 from robattr_fast import backends
 from robattr_fast.certify import Certificate, Overlap
 from robattr_fast.certify.files import write_atomically
+from robattr_fast.machine import device_model, versions
 from robattr_fast.rounding import percent, radius, rounded_cosine
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
 
@@ -53,6 +52,8 @@ class Row:
     k: int
     overlaps: Overlap  # at the R radii of the run, [R, 1]
     seconds: float
+    index: int = 0
+    """Its place in the run."""
 
     @property
     def shares(self) -> list[float]:
@@ -123,6 +124,7 @@ class Results:
     def add(self, row: Row) -> None:
         self.earlier.pop(row.name, None)
         self.rows.append(row)
+        self.rows.sort(key=lambda one: one.index)
         self._write()
 
     def fail(self, name: str, source: Path, error: str) -> None:
@@ -161,6 +163,7 @@ class Results:
                     "image_id": row.image_id,
                     "input_hash": (row.cert.settings.input_hashes or (None,))[0],
                     "batch_size": row.cert.settings.batch_size,
+                    "memory_format": row.cert.settings.memory_format,
                     "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
                     "seconds": round(row.seconds, 3),
                 }
@@ -211,24 +214,3 @@ class Results:
         if any(any(row.cosines(self.radii)) for row in self.rows):
             note += " cos: least cosine of the map with the perturbed one."
         return note
-
-
-def device_model(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of everything that may change a number."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}
-    for name in ("robattr-fast", "numpy", "scipy", "pillow", "triton", "timm"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robattr_fast import images, models
+from robattr_fast import images, models, tune_allocator
 from robattr_fast.certify import Certificate
 from robattr_fast.certify.files import write_atomically
 from robattr_fast.certify.replay import FALSE_ALARM, FLIPS, replay
@@ -101,6 +101,8 @@ def verify(
         paths = find_certificates(files)
         if image is not None and len(paths) != 1:
             raise ValueError(f"image: got one for {len(paths)} certificates, takes one certificate")
+        if model is not None:
+            tune_allocator()
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
         place = checked_device(device)

@@ -35,6 +35,13 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def temperature(value: float) -> float:
+    """A finite number above zero; a tensor would lose its gradient in silence."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError("temperature: got a tensor, takes a number: nothing is differentiated in it")
+    return positive("temperature", value)
+
+
 def integer(name: str, value: int, low: int, high: int) -> int:
     """An integer in [low, high]."""
     if isinstance(value, torch.SymInt):

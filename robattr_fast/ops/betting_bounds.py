@@ -59,6 +59,14 @@ def _run_cpu(counts, lower, upper, samples, delta):
     )
 
 
+def _run_triton(counts, lower, upper, samples, delta):
+    from robattr_fast.kernels.betting_bounds import betting_bounds as launch
+
+    with_zero = torch.cat([counts_at_zero(counts, samples)[:, :, None], counts.long()], dim=2)
+    launch(lower.view(-1), upper.view(-1), with_zero.flatten(0, 1), betting_shares(), -math.log(delta))
+
+
+backends.register("betting_bounds", "triton", _run_triton, _extension.can_run_triton)
 backends.register("betting_bounds", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("betting_bounds", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("betting_bounds", _run, "CPU")

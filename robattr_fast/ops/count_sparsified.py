@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from robattr_fast import _extension, backends
@@ -92,14 +94,27 @@ def _run_reference(scores, counts, invalid, packed, tau, gamma):
     _check_overflow(bool((counts < 0).any()))
 
 
-def _run_cpu(scores, counts, invalid, packed, tau, gamma):
+def _run_extension(scores, counts, invalid, packed, tau, gamma):
     n = scores.shape[-1]
     k_tau, k_gamma = selected(tau, n), selected(gamma, n)
     _check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, packed, scores, k_tau, k_gamma))
 
 
+def _run_triton(scores, counts, invalid, packed, tau, gamma):
+    from robattr_fast.kernels.count_sparsified import count_sparsified as launch
+
+    n = scores.shape[-1]
+    invalid.copy_(launch(counts, scores, selected(tau, n), selected(gamma, n), packed))
+    # Elsewhere the host would have to wait for the device.
+    _check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
+
+
+backends.register("count_sparsified_", "triton", _run_triton, _extension.can_run_triton)
 backends.register("count_sparsified_", "reference", _run_reference, _extension.can_run_anywhere)
-backends.register("count_sparsified_", "cpu", _run_cpu, _extension.can_run_cpu)
+backends.register("count_sparsified_", "cpu", _run_extension, _extension.can_run_cpu)
+backends.register(
+    "count_sparsified_", "cuda", _run_extension, functools.partial(_extension.can_run_cuda, "count_sparsified_")
+)
 _schema.PUBLIC.impl("count_sparsified_", _run, "CPU")
 _schema.PUBLIC.impl("count_sparsified_", _run, "CUDA")
 

@@ -32,7 +32,8 @@ def noisy_samples(
         seed: 0 <= seed < 2^64.
         first_sample: index of the first draw.
         image_ids: int64 [B] in [0, 2^32); default arange(B).
-        sample_offset: int64 [1] on x's device, added to first_sample.
+        sample_offset: int64 [1] on x's device, added to first_sample. Kernels of a CUDA device read it there, so that a
+            captured graph can be replayed for other samples; nobody checks the sum then: it wraps at 2^32.
         dtype: of the result; default x.dtype.
         channels_last: each [num_samples, C, H, W] slice becomes channels-last contiguous; x must be [B, C, H, W].
 
@@ -77,49 +78,71 @@ def _empty_result(x, num_samples, dtype, channels_last):
     return x.new_empty((batch, num_samples, height, width, channels), dtype=dtype or x.dtype).permute(0, 1, 4, 2, 3)
 
 
-def fill(out: torch.Tensor, x: torch.Tensor, sigma: float, *, seed: int, first_sample: int, image_ids: torch.Tensor):
+def fill(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    sigma: float,
+    *,
+    seed: int,
+    first_sample: int,
+    image_ids: torch.Tensor,
+    sample_offset: torch.Tensor | None = None,
+) -> None:
     """Write the noisy samples of x into ``out`` [B, num_samples, *S], whose strides are those of `_empty_result`.
 
-    For loops that reuse one buffer. ``seed`` in two's complement; no checks beyond image_ids' range.
+    For loops that reuse one buffer and must not wait for the device: nothing is checked. ``seed`` in two's complement;
+    image_ids int64 [B] in [0, 2^32), on x's device.
     """
-    if not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
-        raise ValueError(f"image_ids: got {image_ids.tolist()}, takes integers in [0, 2^32)")
-    backends.call("noisy_samples", x, out, sigma, seed, first_sample, image_ids)
+    backends.call("noisy_samples", x, out, sigma, seed, first_sample, image_ids, sample_offset)
 
 
 def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last):
     if image_ids is None:
         image_ids = torch.arange(x.shape[0], device=x.device)
-    if sample_offset is not None:
-        first_sample = first_sample + int(sample_offset)
-        _check.integer("first_sample + sample_offset", first_sample, 0, _INDEX_END - num_samples)
+    elif not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
+        raise ValueError(f"image_ids: got {image_ids.tolist()}, takes integers in [0, 2^32)")
+    if sample_offset is not None and sample_offset.device.type == "cpu":
+        _check.integer("first_sample + sample_offset", first_sample + int(sample_offset), 0, _INDEX_END - num_samples)
     out = _empty_result(x, num_samples, dtype, channels_last)
-    fill(out, x, sigma, seed=seed, first_sample=first_sample, image_ids=image_ids)
+    fill(
+        out,
+        x,
+        sigma,
+        seed=seed,
+        first_sample=first_sample,
+        image_ids=image_ids.to(x.device),
+        sample_offset=sample_offset,
+    )
     return out
 
 
-def _run_reference(x, out, sigma, seed, first_sample, image_ids):
+def _first(first_sample, sample_offset):
+    return first_sample if sample_offset is None else first_sample + int(sample_offset)
+
+
+def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset):
     out.copy_(
         _reference(
             x,
             sigma,
             out.shape[1],
             seed=seed % 2**64,
-            first_sample=first_sample,
+            first_sample=_first(first_sample, sample_offset),
             image_ids=image_ids,
             dtype=out.dtype,
         )
     )
 
 
-def _run_cpu(x, out, sigma, seed, first_sample, image_ids):
-    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first_sample, image_ids.contiguous())
+def _run_cpu(x, out, sigma, seed, first_sample, image_ids, sample_offset):
+    first = _first(first_sample, sample_offset)
+    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first, image_ids.contiguous())
 
 
-def _run_triton(x, out, sigma, seed, first_sample, image_ids):
+def _run_triton(x, out, sigma, seed, first_sample, image_ids, sample_offset):
     from robattr_fast.kernels.noisy_samples import noisy_samples as launch
 
-    launch(x, out, sigma, seed, first_sample, image_ids)
+    launch(x, out, sigma, seed, first_sample, image_ids, sample_offset)
 
 
 backends.register("noisy_samples", "triton", _run_triton, _extension.can_run_triton)

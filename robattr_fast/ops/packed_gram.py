@@ -47,6 +47,15 @@ def _run_cpu(rows, num_levels, other, mask):
     return out
 
 
+def _run_triton(rows, num_levels, other, mask):
+    from robattr_fast.kernels.packed_gram import packed_gram as launch
+
+    out = rows.new_empty((rows.shape[0], (rows if other is None else other).shape[0]), dtype=torch.int64)
+    launch(out, rows, other, mask, num_levels)
+    return out
+
+
+backends.register("packed_gram", "triton", _run_triton, _extension.can_run_triton)
 backends.register("packed_gram", "reference", _reference, _extension.can_run_anywhere)
 backends.register("packed_gram", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("packed_gram", _run, "CPU")

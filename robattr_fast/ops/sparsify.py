@@ -59,6 +59,14 @@ def _run_cpu(scores, out, tau, gamma, levels):
     )
 
 
+def _run_triton(scores, out, tau, gamma, levels):
+    from robattr_fast.kernels.sparsify import sparsify as launch
+
+    n = scores.shape[-1]
+    launch(scores, out, selected(tau, n), selected(gamma, n), levels)
+
+
+backends.register("sparsify", "triton", _run_triton, _extension.can_run_triton)
 backends.register("sparsify", "reference", _run_reference, _extension.can_run_anywhere)
 backends.register("sparsify", "cpu", _run_cpu, _extension.can_run_cpu)
 _schema.PUBLIC.impl("sparsify", _run, "CPU")
@@ -72,6 +80,7 @@ def _fake(scores, tau, gamma, levels):
 
 def _setup_context(ctx, inputs, output):
     scores, _, ctx.gamma, ctx.levels = inputs
+    ctx.preference = backends.preference()
     ctx.save_for_backward(scores, output)
 
 
@@ -82,7 +91,8 @@ def _backward(ctx, grad):
     s = comparable(scores)
     # On the support h < 1 exactly where s < g.
     active = (h > 0) & (h < 1)
-    g = torch.ops.robattr_fast.topk_threshold(s.detach(), selected(ctx.gamma, s.shape[-1]))
+    with backends.preferring(ctx.preference):
+        g = torch.ops.robattr_fast.topk_threshold(s.detach(), selected(ctx.gamma, s.shape[-1]))
     index = lowest_index(s.detach(), g)
     g = s.gather(-1, index)
     through_s = torch.where(active, grad, 0.0) / torch.where(g > 0, g, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from robattr_fast import _extension, backends
@@ -42,12 +44,22 @@ def _run_reference(scores, out, k):
     out.copy_(_reference(scores, k))
 
 
-def _run_cpu(scores, out, k):
+def _run_extension(scores, out, k):
     torch.ops.robattr_fast_C.topk_threshold(out, scores.reshape(-1, scores.shape[-1]), k)
 
 
+def _run_triton(scores, out, k):
+    from robattr_fast.kernels.topk_threshold import topk_threshold as launch
+
+    launch(scores, out, k)
+
+
+backends.register("topk_threshold", "triton", _run_triton, _extension.can_run_triton)
 backends.register("topk_threshold", "reference", _run_reference, _extension.can_run_anywhere)
-backends.register("topk_threshold", "cpu", _run_cpu, _extension.can_run_cpu)
+backends.register("topk_threshold", "cpu", _run_extension, _extension.can_run_cpu)
+backends.register(
+    "topk_threshold", "cuda", _run_extension, functools.partial(_extension.can_run_cuda, "topk_threshold")
+)
 _schema.PUBLIC.impl("topk_threshold", _run, "CPU")
 _schema.PUBLIC.impl("topk_threshold", _run, "CUDA")
 

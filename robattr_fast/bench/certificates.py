@@ -1,0 +1,142 @@
+"""Certificates of one image at growing numbers of samples: how many a method needs to reach what another one has.
+
+Samples are really taken, once: the certificate of q samples is the one that `certify` makes when it is asked for q.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robattr_fast import images, model
+from robattr_fast.certify import Certificate
+from robattr_fast.certify.environment import environment
+from robattr_fast.certify.settings import Settings
+from robattr_fast.certify.state import State
+from robattr_fast.errors import CertificateFileError
+from robattr_fast.reference.noisy_samples import STREAM_VERSION
+from robattr_fast.sampling import Sampler, next_batch
+
+SIGMA, TAU, ALPHA, RETAIN = 0.2, 0.1, 0.05, 2048
+RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192
+"""Of the headline: what is asked of every certificate."""
+
+_FIRST_LOOK, _GROWTH = 256, 2 ** (1 / 6)
+METHODS = ("published", "marginal", "second-moment")
+"""The published bound (Hoeffding, union over all elements, all of alpha); T3 and T4 by betting; T7."""
+
+
+def looks(planned: int = PLANNED) -> list[int]:
+    """Numbers of samples, growing by a sixth of an octave, in multiples of 64 so that no usual batch is cut."""
+    found, look = [], float(_FIRST_LOOK)
+    while look < planned:
+        found.append(64 * round(look / 64))
+        look *= _GROWTH
+    return [*dict.fromkeys(found), planned]
+
+
+def overlaps(cert: Certificate) -> dict[str, float]:
+    """The share of the top-K that each of METHODS certifies at RADIUS, from the same counts, each method by itself."""
+    k = int(K_SHARE * cert.settings.n)
+    counts = cert.counts
+    assert counts is not None
+
+    def of_counts(**evaluation: Any) -> float:
+        same = Certificate.from_counts(counts, cert.samples, sigma=cert.settings.sigma, alpha=ALPHA, **evaluation)
+        return float(same.overlap(k, RADIUS, method="marginal").share[0])
+
+    return {
+        "published": of_counts(bound="hoeffding", slack=0),
+        "marginal": of_counts(bound="betting", slack=None),
+        "second-moment": float(cert.overlap(k, RADIUS, method="second-moment").share[0])
+        if cert.has_second_moments
+        else 0.0,
+    }
+
+
+def find(folder: Path, module: nn.Module, x: torch.Tensor) -> dict[int, Certificate]:
+    """By number of samples the certificates of image x [C, H, W] and module in a folder that fit."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"certificates: got {folder}, takes a folder")
+    files = sorted(folder.glob("*.safetensors"))
+    wanted = {
+        "sigma": SIGMA,
+        "tau": TAU,
+        "levels": 1,
+        "alpha": ALPHA,
+        "explain": "gradient",
+        "channel_sum": False,
+        "target": None,
+        "model_fingerprint": model.fingerprint(module),
+        "input_hashes": (model.input_hash(x),),
+    }
+    found = {}
+    for file in files:
+        try:
+            cert = Certificate.load(file)
+        except CertificateFileError:
+            continue  # not ours to judge: it is not used
+        if len(cert) == 1 and all(getattr(cert.settings, name) == value for name, value in wanted.items()):
+            found[int(cert.samples[0])] = cert
+    return dict(sorted(found.items()))
+
+
+def make(
+    folder: Path,
+    name: str,
+    module: nn.Module,
+    x: torch.Tensor,
+    *,
+    planned: int = PLANNED,
+    told: Callable[[str], None] = lambda what: None,
+) -> dict[int, Certificate]:
+    """Sample image x [C, H, W] once and keep the certificate of every look as a file of the folder."""
+    ids = torch.tensor([images.image_id(x)])
+    private = model.private_copy(module)
+    sampler = Sampler(private, x[None], sigma=SIGMA, target=None, explain="gradient", seed=0, image_ids=ids)
+    classes = sampler.prepare()
+    sampler.set_batch_size("auto", planned)
+    settings = Settings(
+        sigma=SIGMA,
+        shape=tuple(x.shape),
+        levels=1,
+        tau=TAU,
+        gamma=TAU,
+        explain="gradient",
+        seed=0,
+        stream_version=STREAM_VERSION,
+        image_ids=tuple(ids.tolist()),
+        planned_samples=(planned,),
+        alpha=ALPHA,
+        second_moment=True,
+        retain=RETAIN,
+        model_fingerprint=model.fingerprint(module),
+        input_hashes=(model.input_hash(x),),
+        folded=sampler.folded,
+        memory_format=sampler.memory_format,
+        batch_images=1,
+        **environment(x.device),
+    )
+    state = State(settings, 1, classes, x.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for look in looks(planned):
+        while segments := next_batch(state.done, [look], 0, sampler.batch_size):
+            for scored in sampler.run(segments):
+                state.add(scored, 0)
+            told(f"{name}: {state.done[0]} of {planned} samples")
+        so_far = state.certificate(0, sampler.batch_size)
+        asked = dataclasses.replace(so_far.settings, planned_samples=(look,))
+        found[look] = Certificate(**so_far.tensors, settings=asked)
+        found[look].save(folder / f"{name}.{look:05d}.safetensors")
+    return found
+
+
+def reached(curve: dict[int, dict[str, float]], method: str, share: float) -> int | None:
+    """The least number of samples with which a method certifies the share; None if none of these does."""
+    return next((samples for samples, shares in sorted(curve.items()) if shares[method] >= share), None)

@@ -1,0 +1,151 @@
+"""Attention with a kernel in place of exp(q . k / sqrt(D)), and the weights that it gives.
+
+The softmax kernel is a Gaussian times a function of each norm: with s = 2 sqrt(D),
+
+    exp(q . k / sqrt(D)) = exp(-|q - k|^2 / s) exp(|q|^2 / s) exp(|k|^2 / s).
+
+"gaussian" keeps the first factor alone (Chen et al., "Skyformer", NeurIPS 2021). "elu" and "relu" are the inner
+products of `linear_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from robattr_fast.ops import _check
+from robattr_fast.ops.linear_attention import MAX_WIDTH, linear_attention
+
+LINEAR_KERNELS = ("elu", "relu")
+KERNELS = (*LINEAR_KERNELS, "gaussian")
+
+
+def check_kernel(kernel: str) -> str:
+    """One of KERNELS."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: got {kernel!r}, takes one of {', '.join(KERNELS)}")
+    return kernel
+
+
+def kernel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kernel: str = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    key_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """o_i = sum_j a_ij v_j with a_ij = w(q_i, k_j) / sum_l w(q_i, k_l), or w(q_i, k_j) / (number of keys that i sees).
+
+    Args:
+        q, k, v: [B, H, Nq, D], [B, H, Nk, D], [B, H, Nk, Dv], one dtype.
+        kernel: w(q, k): "elu" or "relu", phi(q) . phi(k) in linear time, see `linear_attention`; or "gaussian",
+            exp(-|q - k|^2 / (2 sqrt(D))), which forms all Nq x Nk weights. All are differentiable twice.
+        normalize: whether the weights of a row sum to one. False: a mean over the keys of weights as they are; those of
+            "gaussian" lie in [0, 1].
+        causal: row i sees the keys 0..i; needs Nq = Nk.
+        key_padding_mask: bool [B, Nk], True = keep.
+
+    Returns:
+        [B, H, Nq, Dv] in the dtype of q; computed in float32, for float64 in float64. Rows that see nothing give zeros.
+
+    Raises:
+        TypeError, ValueError: an argument outside of what is named above.
+    """
+    if check_kernel(kernel) != "gaussian":
+        return linear_attention(
+            q, k, v, feature_map=kernel, causal=causal, normalize=normalize, key_padding_mask=key_padding_mask
+        )
+    _check_shapes(q, k, v, causal, key_padding_mask)
+    with torch.autocast(q.device.type, enabled=False):
+        weights = _gaussian_weights(q, k, normalize, causal, key_padding_mask)
+        return (weights @ _kept(v, key_padding_mask).to(weights.dtype)).to(q.dtype)
+
+
+def kernel_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    kernel: str = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    key_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The a_ij of `kernel_attention`, [B, H, Nq, Nk]: quadratic, for looking at them."""
+    if check_kernel(kernel) == "gaussian":
+        _check_shapes(q, k, k, causal, key_padding_mask)
+        with torch.autocast(q.device.type, enabled=False):
+            return _gaussian_weights(q, k, normalize, causal, key_padding_mask).to(q.dtype)
+    # Attention is linear in v: applied to the identity it shows its weights, here MAX_WIDTH columns at a time.
+    identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+    columns = [
+        linear_attention(
+            q, k, part, feature_map=kernel, causal=causal, normalize=normalize, key_padding_mask=key_padding_mask
+        )
+        for part in identity.split(MAX_WIDTH, dim=-1)
+    ]
+    return torch.cat(columns, dim=-1)
+
+
+def softmax_weights(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(scale q k^T + bias) [B, H, Nq, Nk], in float32 (float64 for float64) and rounded to the dtype of q.
+
+    ``bias`` is added to the logits, or, if bool, tells which keys a row sees (True).
+    """
+    dtype = _check.comparable_dtype(q)
+    logits = (q.to(dtype) @ k.to(dtype).mT) * scale
+    if bias is not None and bias.dtype == torch.bool:
+        logits = logits.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        logits = logits + bias
+    return logits.softmax(-1).to(q.dtype)
+
+
+def _check_shapes(q, k, v, causal, key_padding_mask):
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _check.float_tensor(name, value)
+        if value.dim() != 4:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes [B, H, N, width]")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {value.dtype}, takes that of q, {q.dtype}")
+    batch, heads, rows, width = q.shape
+    keys = k.shape[2]
+    for name, value, shape in (("k", k, (batch, heads, keys, width)), ("v", v, (batch, heads, keys, v.shape[3]))):
+        if value.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {shape} for these q and k")
+    if causal and rows != keys:
+        raise ValueError(f"causal: got {rows} rows and {keys} keys, takes as many of both")
+    if key_padding_mask is not None and (
+        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, keys)
+    ):
+        got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+        raise ValueError(f"key_padding_mask: got {got}, takes bool [B, Nk] = {(batch, keys)} (True = keep)")
+
+
+def _kept(x, key_padding_mask):
+    """Zeros in place of padding, which may hold anything, NaN included."""
+    return x if key_padding_mask is None else torch.where(key_padding_mask[:, None, :, None], x, 0)
+
+
+def _gaussian_weights(q, k, normalize, causal, key_padding_mask):
+    dtype = _check.comparable_dtype(q)
+    q, k = q.to(dtype), _kept(k, key_padding_mask).to(dtype)
+    # Distances do not change when everything moves; near the origin |q|^2 + |k|^2 - 2 q . k cancels least.
+    centre = k.mean(dim=2, keepdim=True).detach()
+    q, k = q - centre, k - centre
+    squared = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
+    logits = squared / (-2 * q.shape[-1] ** 0.5)
+    visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if key_padding_mask is not None:
+        visible = visible & key_padding_mask[:, None, None, :]
+    if normalize:
+        # Finite in place of -inf: a row that sees nothing has no NaN, nor has its gradient.
+        weights = torch.where(visible, logits, torch.finfo(dtype).min).softmax(-1)
+        return torch.where(visible, weights, 0)
+    seen = visible.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(visible, torch.where(visible, logits, 0).exp(), 0) / seen

@@ -1,0 +1,274 @@
+"""`linear_attention`: checks, public function, fakes, autograd, choice of backend. Definition: reference/.
+
+Three operators: the forward, its backward, and the backward of that. Each one's autograd calls the next; the last one's
+differentiates the reference. Each is a function of its inputs alone, and nothing else is kept for the next.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from robattr_fast import _extension, backends
+from robattr_fast.ops import _check, _schema
+from robattr_fast.reference.linear_attention import FEATURE_MAPS
+from robattr_fast.reference.linear_attention import linear_attention as _reference
+from robattr_fast.reference.linear_attention import linear_attention_backward as _reference_backward
+from robattr_fast.reference.linear_attention import linear_attention_double_backward as _reference_double_backward
+
+MAX_WIDTH = 256
+MAX_POSITIONS = 65536
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: str = "elu",
+    causal: bool = False,
+    normalize: bool = True,
+    key_padding_mask: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Attention with the kernel phi(q_i) . phi(k_j), in time and memory linear in the number of positions.
+
+    o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps) over the keys j that row i sees: all; with
+    a mask those it keeps; causal those with j <= i.
+
+    Args:
+        q: [B, H, Nq, D], 1 <= D <= 256, 1 <= Nq <= 65536; float32, float64, bfloat16 or float16, any strides.
+        k: [B, H, Nk, D], 1 <= Nk <= 65536, the dtype of q.
+        v: [B, H, Nk, Dv], 1 <= Dv <= 256, the dtype of q.
+        feature_map: phi, element by element: "elu" (elu(x) + 1 without cancellation: exp(min(x, 0)) + max(x, 0)),
+            "relu", "squared_relu" or "identity". With "identity" the weights have either sign and need not sum to
+            anything far from 0: ``normalize=False`` is what fits it.
+        causal: row i sees the keys 0..i; needs Nq = Nk.
+        normalize: False divides by the number of keys that row i sees (Nk; less where masked or causal) in place of the
+            sum of the weights: a mean that neither padding nor later positions can change.
+        key_padding_mask: bool [B, Nk], True = keep. What is not kept has no influence, whatever it holds, NaN included,
+            and gets the gradient 0.
+        eps: added to the sum of the weights, >= 0; unused if not normalised.
+
+    Returns:
+        [B, H, Nq, Dv] in the dtype of q; sums are float32, for float64 float64. A row that sees nothing, or whose
+        denominator is 0 (or so small that its reciprocal overflows), gives zeros, and so are its gradients.
+        Differentiable to every order in q, k and v; the first and second derivatives have kernels of their own, linear
+        in time and memory, and only inputs are kept for them. Higher ones go through the definition, which is
+        quadratic. Under autocast q, k and v are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+
+    Raises:
+        TypeError, ValueError: an argument outside of what is named above.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _check.float_tensor(name, value)
+        if value.dim() != 4:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes [B, H, N, width]")
+    q, k, v = _autocast(q, k, v)
+    batch, heads, rows, width = q.shape
+    keys = k.shape[2]
+    _check.integer("q.shape[2] (Nq)", rows, 1, MAX_POSITIONS)
+    _check.integer("k.shape[2] (Nk)", keys, 1, MAX_POSITIONS)
+    _check.integer("q.shape[3] (D)", width, 1, MAX_WIDTH)
+    _check.integer("v.shape[3] (Dv)", v.shape[3], 1, MAX_WIDTH)
+    for name, value, shape in (("k", k, (batch, heads, keys, width)), ("v", v, (batch, heads, keys, v.shape[3]))):
+        if value.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {tuple(shape)} for these q and k")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {value.dtype}, takes that of q, {q.dtype}")
+        if value.device != q.device:
+            raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: got {feature_map!r}, takes one of {', '.join(FEATURE_MAPS)}")
+    if causal and rows != keys:
+        raise ValueError(f"causal: got {rows} rows and {keys} keys, takes as many of both")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
+    if key_padding_mask is not None:
+        _check_mask(key_padding_mask, (batch, keys), q.device)
+    return torch.ops.robattr_fast.linear_attention(
+        q, k, v, feature_map, bool(causal), bool(normalize), key_padding_mask, float(eps)
+    )
+
+
+def _check_mask(mask, shape, device):
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"key_padding_mask: got {type(mask).__name__}, takes a tensor or None")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask: got dtype {mask.dtype}, takes bool (True = keep)")
+    if mask.shape != shape:
+        raise ValueError(f"key_padding_mask: got shape {tuple(mask.shape)}, takes [B, Nk] = {tuple(shape)}")
+    if mask.device != device:
+        raise ValueError(f"key_padding_mask: got device {mask.device}, takes that of q, {device}")
+
+
+def _autocast(*tensors):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _empty_like(x, width):
+    """[B, H, N, width], laid out as x: heads inside of positions where x has them so, as transformers do."""
+    batch, heads, positions, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, positions, heads, width)).transpose(1, 2)
+    return x.new_empty((batch, heads, positions, width))
+
+
+def _empty_result(q, k, v, *settings):
+    return _empty_like(q, v.shape[3])
+
+
+def _empty_gradients(grad, q, k, v, *settings):
+    return tuple(_empty_like(x, x.shape[3]) for x in (q, k, v))
+
+
+def _empty_second_gradients(u_q, u_k, u_v, grad, q, k, v, *settings):
+    return tuple(_empty_like(x, x.shape[3]) for x in (grad, q, k, v))
+
+
+def _run(q, k, v, *settings):
+    out = _empty_result(q, k, v)
+    backends.call("linear_attention", q, out, k, v, *settings)
+    return out
+
+
+def _run_backward(grad, q, k, v, *settings):
+    gradients = _empty_gradients(grad, q, k, v)
+    backends.call("linear_attention_backward", grad, *gradients, q, k, v, *settings)
+    return gradients
+
+
+def _run_double_backward(u_q, u_k, u_v, grad, q, k, v, *settings):
+    gradients = _empty_second_gradients(u_q, u_k, u_v, grad, q, k, v)
+    backends.call("linear_attention_double_backward", u_q, *gradients, u_k, u_v, grad, q, k, v, *settings)
+    return gradients
+
+
+def _define(definition, tensors, feature_map, causal, normalize, key_padding_mask, eps):
+    """Results of a function of reference/, in its own dtypes whatever autocast is in force."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return definition(
+            *tensors,
+            feature_map=feature_map,
+            causal=causal,
+            normalize=normalize,
+            key_padding_mask=key_padding_mask,
+            eps=eps,
+        )
+
+
+def _run_reference(q, out, k, v, *settings):
+    out.copy_(_define(_reference, (q, k, v), *settings))
+
+
+def _run_reference_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
+    found = _define(_reference_backward, (grad, q, k, v), *settings)
+    for out, value in zip((grad_q, grad_k, grad_v), found, strict=True):
+        out.copy_(value)
+
+
+def _run_reference_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
+    found = _define(_reference_double_backward, (u_q, u_k, u_v, grad, q, k, v), *settings)
+    for out, value in zip((of_grad, of_q, of_k, of_v), found, strict=True):
+        out.copy_(value)
+
+
+def _for_cpu(tensors, feature_map, causal, normalize, key_padding_mask, eps):
+    """Arguments of the C++ kernels: any strides but the last, which must be 1."""
+    rows = (x if x.stride(3) == 1 else x.contiguous() for x in tensors)
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+    return *rows, mask, FEATURE_MAPS.index(feature_map), causal, normalize, eps
+
+
+def _run_cpu(q, out, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention(out, *_for_cpu((q, k, v), *settings))
+
+
+def _run_cpu_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention_backward(grad_q, grad_k, grad_v, *_for_cpu((grad, q, k, v), *settings))
+
+
+def _run_cpu_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
+    torch.ops.robattr_fast_C.linear_attention_double_backward(
+        of_grad, of_q, of_k, of_v, *_for_cpu((u_q, u_k, u_v, grad, q, k, v), *settings)
+    )
+
+
+for _name, _reference_call, _cpu_call in (
+    ("linear_attention", _run_reference, _run_cpu),
+    ("linear_attention_backward", _run_reference_backward, _run_cpu_backward),
+    ("linear_attention_double_backward", _run_reference_double_backward, _run_cpu_double_backward),
+):
+    backends.register(_name, "reference", _reference_call, _extension.can_run_anywhere)
+    backends.register(_name, "cpu", _cpu_call, _extension.can_run_cpu)
+for _name, _call in (
+    ("linear_attention", _run),
+    ("linear_attention_backward", _run_backward),
+    ("linear_attention_double_backward", _run_double_backward),
+):
+    _schema.PUBLIC.impl(_name, _call, "CPU")
+    _schema.PUBLIC.impl(_name, _call, "CUDA")
+for _name, _call in (
+    ("linear_attention", _empty_result),
+    ("linear_attention_backward", _empty_gradients),
+    ("linear_attention_double_backward", _empty_second_gradients),
+):
+    torch.library.register_fake(f"robattr_fast::{_name}", _call, lib=_schema.PUBLIC)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, mask)
+
+
+def _saved(ctx):
+    """The tensors that were differentiated, and the settings in the order of the schema."""
+    *tensors, mask = ctx.saved_tensors
+    return tensors, (ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps)
+
+
+_NO_GRADIENTS = (None,) * 5
+
+
+def _backward(ctx, grad):
+    tensors, settings = _saved(ctx)
+    return *torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings), *_NO_GRADIENTS
+
+
+def _double_backward(ctx, *grads):
+    tensors, settings = _saved(ctx)
+    return *torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings), *_NO_GRADIENTS
+
+
+def _triple_backward(ctx, *grads):
+    tensors, settings = _saved(ctx)
+    with torch.enable_grad():
+        # Views, because one tensor may be several arguments, and each has its own gradient.
+        inputs = [x.view_as(x) for x in tensors]
+        outputs = _define(_reference_double_backward, inputs, *settings)
+    wanted = [x for x in inputs if x.requires_grad]
+    reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in reached],
+        wanted,
+        [grad for _, grad in reached],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    gradients = iter(found)
+    return *(next(gradients) if x.requires_grad else None for x in inputs), *_NO_GRADIENTS
+
+
+for _name, _backward_call in (
+    ("linear_attention", _backward),
+    ("linear_attention_backward", _double_backward),
+    ("linear_attention_double_backward", _triple_backward),
+):
+    torch.library.register_autograd(
+        f"robattr_fast::{_name}", _backward_call, setup_context=_setup_context, lib=_schema.PUBLIC
+    )

@@ -1,0 +1,95 @@
+"""What the documents show runs: the snippets of README that stand by themselves, and the examples."""
+
+import gzip
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not (ROOT / "README.md").is_file():
+    pytest.skip("the documents are not beside the tests", allow_module_level=True)
+
+
+def snippets(section: str) -> str:
+    """The Python of one section of README."""
+    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return "\n".join(part.split("```")[0] for part in text.split("```python\n")[1:])
+
+
+@pytest.mark.parametrize("section", ["Attention that differentiates twice", "In other libraries"])
+def test_readme(section):
+    if section == "In other libraries":
+        for package in ("transformers", "captum"):
+            pytest.importorskip(package, reason=f"the snippet needs {package}")
+    names: dict = {}
+    exec(compile(snippets(section), "README.md", "exec"), names)
+    if "gradient" in names:
+        for name, parameter in names["model"].named_parameters():
+            assert bool(parameter.grad.isfinite().all()), name
+            assert float(parameter.grad.abs().max()) > 0, name
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(head + array.tobytes()))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """40 images a split, in the files of Fashion-MNIST."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (40, 28, 28), dtype=np.uint8))
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", rng.integers(0, 10, 40, dtype=np.uint8))
+    return tmp_path
+
+
+EXAMPLE = ROOT / "examples" / "attention_robustness.py"
+
+
+def run_example(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_attention_example(fashion, tmp_path):
+    small = ["--epochs", "1", "--batch", "20", "--attacked", "2", "--steps", "2", "--sizes", "0.5", "--seeds", "2"]
+    done = run_example(
+        "--data", str(fashion), "--plot", str(tmp_path / "plot.png"), "--attention", "softmax", "elu", *small
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| softmax", "| elu"))]
+    assert [row.split(" | ")[3] for row in rows] == ["0.5", "0.5"]
+    assert "nan" not in done.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_attention_example_without_data(tmp_path):
+    done = run_example("--data", str(tmp_path))
+    assert done.returncode != 0
+    assert "apt-get install dataset-fashion-mnist" in done.stderr
+
+
+def test_attacks_keep_their_size_and_find_more_than_chance():
+    spec = importlib.util.spec_from_file_location("attention_robustness", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch = example.torch
+    torch.manual_seed(0)
+    model = example.TinyViT().eval()
+    example.kernelize(model)
+    x, target = torch.rand(2, 1, 28, 28), torch.tensor([1, 2])
+    for attribution in (example.gradient, example.attention):
+        before = attribution(model, x, target).detach()
+        changes = []
+        for steps in (0, 5):
+            torch.manual_seed(1)
+            delta = example.attacked(attribution, model, x, target, before, 0.5, steps)
+            torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.full((2,), 0.5))
+            changes.append(example.change(before, attribution(model, x + delta, target)).detach())
+        assert bool((changes[1] > changes[0]).all())
