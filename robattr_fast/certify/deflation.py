@@ -71,9 +71,9 @@ class Deflation:
 
     @property
     def independent(self) -> bool:
-        """Whether they span a plane: otherwise they define no W."""
+        """Whether they span a plane, and far enough from a line that rounding does not count: else they define no W."""
         products = self.products
-        return float(np.linalg.det(products)) > 1e-6 * float(products.diagonal().prod()) > 0
+        return float(np.linalg.det(products)) > 0.01 * float(products.diagonal().prod()) > 0
 
     @property
     def basis(self) -> np.ndarray:

@@ -18,7 +18,7 @@ _NEWTON_STEPS = 40
 
 
 class DeflatedCost:
-    """Lower bounds on cost_W(s): the least ||W d||^2 of all d such that p^ + d has a top-K that lacks s elements of S.
+    """Lower bounds on cost_W(s): the least ||W d||^2 of all d such that some top-K of p^ + d lacks at least s of S.
 
     S is the top-K of p^, ties to the lowest index. ``sizes``, ``costs``: int64 and float64 ``[<= 1024]``, neither
     falling; the bound for s between two sizes is that of the smaller one. With u_j = sqrt(1 - w_j^2) v_j,

@@ -99,14 +99,13 @@ class Summary:
         sizes = ([first] if first else []) + [self.gram.block_rows] * (self.gram.blocks - 1)
         return (self.deflated.rows, self.deflated.blocks) == (sum(sizes), blocks) and self.deflated.fewest == min(sizes)
 
-    def with_block(self, rows: torch.Tensor, invalid: int, products: torch.Tensor | None = None) -> Summary:
-        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite; products: their Gram matrix.
+    def with_block(self, rows: torch.Tensor, products: torch.Tensor, invalid: int = 0) -> Summary:
+        """rows: uint8 [m, row_bytes], packed: the next block, ``invalid`` of them not finite.
 
-        Fewer than 4 rows, from which nothing follows, change nothing.
+        products: int64 [m, m], their Gram matrix. Fewer than 4 rows, from which nothing follows, change nothing.
         """
         if len(rows) < FEWEST_ROWS:
             return self
-        products = packed_gram(rows, self.num_levels).cpu() if products is None else products
         gram, deflation, first = summarize_gram(products, self.num_levels), self.deflation, 0
         if self.gram is None:
             first = min(self.pilots, len(rows))
@@ -129,7 +128,7 @@ class Summary:
         summary = cls(planned, retain, num_levels, n)
         size = block_rows(planned, retain)
         for part in rows[: rows_in_blocks(len(rows), planned, retain)].split(size):
-            summary = summary.with_block(part, 0)
+            summary = summary.with_block(part, packed_gram(part, num_levels))
         return dataclasses.replace(summary, invalid=invalid)
 
     def to_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,8 +69,8 @@ def replay(
       certificate is found at fault with probability at most `FALSE_ALARM`; choose ``seed`` after it was handed over.
 
     A replay of N samples bounds how wrong counts can be, it does not prove them: a count that is off by a few per cent
-    in few elements stays undetected until N comes near q. Second moments come from the first samples; only a replay of
-    all repeats them.
+    in few elements stays undetected until N comes near q. Second moments come from all samples; only a replay of all
+    repeats them.
 
     In another environment (`Replay.differences`) rounding may turn single selections; then an element may differ in
     the share `FLIPS` of the replayed samples.

@@ -147,7 +147,8 @@ def second_moments(
     unknown = invalid_rows / rows
     eigenvalue = summary.eigenvalue + unknown * (k_tau + summary.norm2)
     fourth = summary.fourth + unknown * (k_tau + summary.norm2) ** 2
-    shift = unknown * math.sqrt(k_tau)
+    # All of them may lie in one block, whose centre they then move.
+    shift = min(1.0, invalid_rows / summary.block_rows) * math.sqrt(k_tau)
     missing = invalid / samples * math.sqrt(k_tau)
 
     # B^2 = k_tau + ||p||^2, and ||p|| <= ||p^|| + error: each round starts from a bound that already holds.

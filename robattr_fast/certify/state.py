@@ -268,7 +268,7 @@ class Retained:
             assert self.settings.levels is not None
             rows = self.rows()[self._first :].cpu()
             self._gram = grow_gram(self._gram, rows, self.settings.levels)
-            self._summary = self.finished.with_block(rows, int(self.invalid), self._gram)
+            self._summary = self.finished.with_block(rows, self._gram, int(self.invalid))
         return self._summary
 
     def restore(
