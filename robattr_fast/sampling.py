@@ -26,7 +26,7 @@ _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
-_TRIAL_SHARE = 0.02  # of the run's expected time
+_TRIAL_SHARE = 0.01  # of the run's expected time
 _TIMINGS, _SHORT_SECONDS = 3, 0.02  # of a batch in the trial: so often, unless it has taken so long
 _CLEARLY_SLOWER = 1.1  # a memory format that needs so many times the other's time is dropped from the trial
 
