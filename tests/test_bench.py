@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,14 +161,16 @@ def test_peers_of_attention_compute_the_same_derivatives(causal):
 
 def test_the_pace_of_certify():
     """Slow enough for two reports; cut off on the way; the next round goes on in the stream with the same batches."""
+    start = time.perf_counter()
     side = SIDES["job.ours"]({"model": "small-cnn", "samples": 64, "planned": 2**24})
+    making = time.perf_counter() - start
     first, again = side(), side()
     for answer in (first, again):
         assert 0 < answer["model_seconds"] < answer["seconds"]
         assert answer["units"] >= 64
         assert (answer["batch_size"], answer["memory_format"]) == (first["batch_size"], "contiguous")
     assert side.first > first["units"] + again["units"]
-    assert answer["setup"] > 0
+    assert 0 <= answer["setup"] < making  # an estimate: 0 where the pace was slower than the first batches
 
 
 def test_the_published_loop_counts_what_the_reference_selects():
