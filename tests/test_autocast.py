@@ -1,4 +1,4 @@
-"""`certify(autocast=)`: the model alone runs in the lower precision, by this argument and by nothing around the call."""
+"""`certify(autocast=)`: the model alone runs in the lower precision, by nothing around the call."""
 
 import json
 
@@ -65,8 +65,8 @@ def test_certificates_of_different_precision_are_of_different_maps(tmp_path):
     with pytest.raises(rf.MergeError, match="autocast"):
         half.merge(other)
     assert replay(half, model, X[0]).faults == ()
-    with pytest.raises(ValueError, match="differs in.*autocast"):
-        half.save(tmp_path / "run.checkpoint")
+    half.save(tmp_path / "run.checkpoint")
+    with pytest.raises(ValueError, match=r"differs in.*autocast"):
         rf.certify(model, X, **RUN, checkpoint=tmp_path / "run.checkpoint")
 
 
