@@ -42,8 +42,8 @@ def noisy_samples(
             and `smoothgrad` draw is never this.
 
     Returns:
-        [B, num_samples, *S]. Unless fast, the same bits from every backend, batch size and split of the samples. Differentiable in x
-        (to every order; the gradient is the sum over samples), not in sigma.
+        [B, num_samples, *S]. The same bits from every backend, batch size and split of the samples, unless fast.
+        Differentiable in x (to every order; the gradient is the sum over samples), not in sigma.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
