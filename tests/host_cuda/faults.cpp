@@ -54,6 +54,12 @@ void read_while_adding() {
   out[rt::thread_index()] = values().load(0);
 }
 
+// Nor does an addition by the same thread make a plain write before it atomic.
+void add_to_what_is_being_written() {
+  if (rt::thread_index() == 0) values().store(0, 0);
+  values().atomic_add(0, 1);
+}
+
 void remote(bool cluster_barrier) {
   const int t = rt::thread_index();
   values().store(t, t + 100 * rt::cluster_rank());
@@ -66,6 +72,11 @@ void remote(bool cluster_barrier) {
   const int32_t seen = values().map_shared_rank(other).load(t);
   rt::cluster_sync();
   out[kThreads * rt::block_index() + t] = seen;
+}
+
+int32_t endless(int32_t depth) {
+  volatile char frame[256] = {};
+  return depth < 0 ? frame[0] : endless(depth + 1) + frame[1];
 }
 
 // A block that ends takes its shared memory along.
@@ -103,6 +114,7 @@ const std::map<std::string, void (*)()> kKernels = {
     {"missing-atomic", [] { count(false); }},
     {"missing-warp-barrier", [] { within_warp(false); }},
     {"missing-cluster-barrier", [] { remote(false); }},
+    {"add-to-what-is-being-written", [] { add_to_what_is_being_written(); }},
     {"read-while-adding", [] { read_while_adding(); }},
     {"remote-after-the-end", [] { remote_after_the_end(); }},
     {"uninitialised", [] { out[rt::thread_index()] = values().load(rt::thread_index()); }},
@@ -110,6 +122,7 @@ const std::map<std::string, void (*)()> kKernels = {
     {"shared-too-small", [] { rt::dynamic_shared<int32_t>(0, 2 * kThreads).store(2 * rt::thread_index() + 1, 0); }},
     {"global-out-of-bounds", [] { out[2 * kThreads + rt::thread_index()] = 0; }},
     {"misaligned", [] { out[0] = rt::load_streaming(reinterpret_cast<rt::Quad<int32_t>*>(out + 1)).value[0]; }},
+    {"endless-recursion", [] { out[0] = endless(rt::thread_index()); }},
     {"overflow", [] { out[rt::thread_index()] = INT32_MAX - 10 + rt::thread_index(); }},
     {"divergent-barrier",
      [] {

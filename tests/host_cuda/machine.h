@@ -56,7 +56,7 @@ namespace robattr_fast::host {
 using Site = std::source_location;
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 64 * 1024, kGuard = 4096;
 constexpr int kNobody = -1, kMany = -2;
 
 // In which order threads run between two barriers, and clusters one after another.
@@ -263,6 +263,7 @@ class Machine {
     while (stacks_.size() <= i) {
       void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) report("launch", "no memory for stacks");
+      mprotect(memory, kGuard, PROT_NONE);  // a stack that overflows must not reach the next one
       stacks_.push_back(static_cast<char*>(memory));
     }
     return stacks_[i];
@@ -335,6 +336,9 @@ class Machine {
 
   void note(Access& access, bool atomic) const {
     const bool joins = unordered(access);
+    // A thread's own plain write goes on to count until a barrier: an addition after it does not make it atomic.
+    const bool own = access.thread == id() && access.block_epoch == blocks[self->block].epoch;
+    if (own && !access.atomic) atomic = false;
     const bool same_block = access.block == self->block;
     access = {joins ? kMany : id(),      joins && !same_block ? kMany : self->block,
               blocks[self->block].epoch, cluster_epoch_,
