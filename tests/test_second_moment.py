@@ -199,7 +199,7 @@ def mixture(name: str) -> tuple[np.ndarray, np.ndarray, int]:
         patterns = random_patterns(41)
         return np.concatenate([np.full(40, 0.99 / 40), [0.01]]), patterns, k_tau
     if name == "missed":
-        # Half of all runs of 150 rows see one pattern only and an empirical covariance of zero.
+        # Half of all runs of 150 rows, most of 50, see one pattern only and an empirical covariance of zero.
         return np.array([0.995, 0.005]), random_patterns(2), k_tau
     weights = 1 / np.arange(1, 121) ** 1.5
     return weights / weights.sum(), random_patterns(120), k_tau
@@ -232,7 +232,7 @@ def test_coverage_of_the_events(name: str, blocks: int) -> None:
     along = torch.from_numpy(patterns @ deflation.basis.T)
     gram = torch.from_numpy(patterns @ patterns.T)
     rng = np.random.default_rng(11)
-    runs, delta, rows = 1000, 0.3, 150
+    runs, delta, rows = 1000, 0.3, 50 * blocks
     failures = np.zeros(4)
     for _ in range(runs):
         chosen = rng.choice(len(weights), size=600, p=weights)
@@ -258,7 +258,7 @@ def test_coverage_of_the_events(name: str, blocks: int) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_whole_evaluation_covers(name: str) -> None:
-    """1,000 runs of the evaluation with its data-driven B, pilots and blocks.
+    """400 runs of the evaluation with its data-driven B, pilots and blocks.
 
     At alpha = .5 no more than half of them err: in an event, or in the overlap that is certified for p itself, which
     is a map within every radius.
@@ -268,7 +268,7 @@ def test_whole_evaluation_covers(name: str) -> None:
     true_spectral, true_frobenius = np.linalg.eigvalsh(covariance)[-1], np.linalg.norm(covariance)
     rng = np.random.default_rng(12)
     failures = found = 0
-    for run in range(1000):
+    for run in range(400):
         chosen = rng.choice(len(weights), size=120, p=weights)
         levels = patterns[chosen]
         moments, deflation = evaluate(levels, 1, k_tau, 30, 0.5, sigma=1.0)
@@ -288,9 +288,9 @@ def test_whole_evaluation_covers(name: str) -> None:
             costs = DeflatedCost(displayed, 10, deflation, moments.error)
             certified = max(certified, costs.overlap(moments.deflated_distance(0.0)))
         failures += wrong or overlaps(mean[None], levels.mean(0), 10)[0] < certified
-    assert failures <= 500
+    assert failures <= 200
     # Two patterns vary along one direction only: nothing is left below it.
-    assert found > 900 or name in ("rank-one", "missed")
+    assert found > 360 or name in ("rank-one", "missed")
 
 
 @pytest.mark.parametrize("name", MIXTURES)

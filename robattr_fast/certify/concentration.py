@@ -275,8 +275,8 @@ def spectral_bound(
 
     eigenvalue, fourth: means over the ``rows`` samples in ``blocks``, each centred at the mean of its block, as in
     :class:`GramSummary`. fewest: rows of the smallest block; default rows/blocks. sure: B^2. shift: how far, along any
-    direction, the centre of a block may lie from the mean of its samples (invalid samples). Nine tenths of delta pay for the
-    variance along the fixed, unknown, top direction, one tenth for centring it.
+    direction, the centre of a block may lie from the mean of its samples (invalid samples). Nine tenths of delta pay
+    for the variance along the fixed, unknown, top direction, one tenth for centring it.
     """
     fewest = rows // blocks if fewest is None else fewest
     log_inverse = math.log(1 / (0.9 * delta))
