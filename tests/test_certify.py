@@ -518,6 +518,7 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     monkeypatch.setattr(engine._Run, "_save", original)
     resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.gram_summary, whole.gram_summary)
+    assert torch.equal(resumed.directions, whole.directions)
     assert torch.equal(resumed.counts, whole.counts)
     assert torch.equal(resumed.packed, whole.packed) if keep else resumed.packed is None
 
