@@ -75,7 +75,7 @@ SMALLER = {
     "copy": {"mebibytes": 1},
     "job.published": {"model": "small-cnn", "samples": 4, "batch_sizes": [2, 4]},
     "job.whole": {"model": "small-cnn", "samples": 64},
-    "job.evaluation": {"n": 3000, "rows": 40, "samples": 300},
+    "job.evaluation": {"n": 3000, "retain": 40, "samples": 300},
     "job.memory": {"model": "pooled", "samples": 4, "retain": 4},
 }
 
@@ -339,6 +339,7 @@ def test_certificates_at_looks_are_those_of_certify(at_looks):
         )
         assert torch.equal(same.counts, cert.counts)
         torch.testing.assert_close(same.gram_summary, cert.gram_summary, rtol=1e-9, atol=0)
+        assert torch.equal(same.directions, cert.directions)
         assert same.settings == settings
         assert certificates.overlaps(same) == certificates.overlaps(cert)
 

@@ -225,8 +225,8 @@ def certify(
         slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
         second_moment: set .45 alpha aside for second moments (T7), which certify overlap at larger radii, distances and
             cosines. levels=None has none.
-        retain: samples of each image whose maps are kept (one bit per element at levels=1, else four) until there are
-            as many, for T7: 4 to 8192, taken from the first. Memory is constant in ``samples``.
+        retain: samples of each image whose maps are kept at a time (one bit per element at levels=1, else four), for
+            T7: 4 to 8192. All samples are used, in equal blocks of at most as many. Memory is constant in ``samples``.
         keep_samples: the certificate holds these maps themselves (`Certificate.packed`), so that anyone can compute the
             second moments again.
         stop: end an image's sampling early, once this is certified; takes bound="betting".

@@ -63,7 +63,7 @@ class Settings:
         bound: name of the bound of the marginals, see `bounds.BOUNDS`.
         slack: number m of wrong bounds that are paid for (T4); None: the best for each query with betting, else 0.
         second_moment: a part of alpha is set aside for second moments (T7).
-        retain: number m of samples whose packed levels are kept for second moments: the first of each image.
+        retain: the most samples of an image whose packed levels are kept at a time, for second moments.
         on_nonfinite: one of `NONFINITE`.
         merged: the union of several runs. What each had when it ended may have depended on what it saw, so a union is
             evaluated by betting, whatever its size.

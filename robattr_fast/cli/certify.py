@@ -50,7 +50,9 @@ def certify(
     slack: Annotated[
         int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)
     ] = None,
-    retain: Annotated[int, typer.Option(help="Samples whose maps are kept for second moments, 4 to 8192.")] = 2048,
+    retain: Annotated[
+        int, typer.Option(help="Samples whose maps are kept at a time, for second moments, 4 to 8192.")
+    ] = 2048,
     second_moment: Annotated[
         bool, typer.Option("--second-moment/--no-second-moment", help="Certify by second moments too (part of alpha).")
     ] = True,
