@@ -46,6 +46,7 @@ def test_correct_kernels(run, kernel, out):
         ("read-while-adding", "race on shared memory"),
         ("add-to-what-is-being-written", "write after write|read before it was written"),
         ("remote-after-the-end", "its block has ended"),
+        ("remote-that-may-end", "its block ends while another accesses it"),
         ("uninitialised", "read before it was written"),
         ("shared-out-of-bounds", "element 64 of an array of 64"),
         ("shared-too-small", "beyond the end of shared memory"),

@@ -84,7 +84,17 @@ void remote_after_the_end() {
   const int t = rt::thread_index();
   values().store(t, t);
   rt::cluster_sync();
-  if (rt::cluster_rank() == 1) out[t] = values().map_shared_rank(0).load(t);
+  if (rt::cluster_rank() == 0) return;
+  rt::sync_threads();  // gives the other block time to end
+  out[t] = values().map_shared_rank(0).load(t);
+}
+
+// The other way round: when threads run in ascending order, the reader happens to come first.
+void remote_that_may_end() {
+  const int t = rt::thread_index();
+  values().store(t, t);
+  rt::cluster_sync();
+  if (rt::cluster_rank() == 0) out[t] = values().map_shared_rank(1).load(t);
 }
 
 void within_warp(bool barrier) {
@@ -117,6 +127,7 @@ const std::map<std::string, void (*)()> kKernels = {
     {"add-to-what-is-being-written", [] { add_to_what_is_being_written(); }},
     {"read-while-adding", [] { read_while_adding(); }},
     {"remote-after-the-end", [] { remote_after_the_end(); }},
+    {"remote-that-may-end", [] { remote_that_may_end(); }},
     {"uninitialised", [] { out[rt::thread_index()] = values().load(rt::thread_index()); }},
     {"shared-out-of-bounds", [] { values().store(rt::thread_index() + 1, 0); }},
     {"shared-too-small", [] { rt::dynamic_shared<int32_t>(0, 2 * kThreads).store(2 * rt::thread_index() + 1, 0); }},
