@@ -155,6 +155,9 @@ def scores_of(kind: str, rows: int, n: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))
 
 
+_SMALL = 64  # elements of a row that brings the code back into the caches, and none of what is measured
+
+
 def _select(make: Callable[[int, int, torch.device], Callable[[torch.Tensor], Any]]) -> Callable[[Spec], Side]:
     """``make(n, levels, device)`` gives what adds the maps of scores [rows, n] to counts of its own."""
 
@@ -163,13 +166,15 @@ def _select(make: Callable[[int, int, torch.device], Callable[[torch.Tensor], An
         device = _device(spec)
         pool = [scores_of(spec.get("kind", "random"), rows, n, seed).to(device) for seed in range(4)]
         evict = _Eviction(spec["evicted_mib"], device)
-        add = make(n, spec["levels"], device)
+        add, add_small = make(n, spec["levels"], device), make(_SMALL, spec["levels"], device)
+        small = scores_of("random", 1, _SMALL, 0).to(device)
         add(pool[0])
 
         def round() -> dict[str, Any]:
             calls = []
             for call in range(spec["calls"]):
                 evict()
+                add_small(small)
                 scores = pool[call % len(pool)]
                 calls.append(seconds_of(lambda scores=scores: add(scores), device))
             # Calls are short: one that the system interrupts would stand for all.
@@ -318,6 +323,81 @@ def _gate_gram(spec: Spec) -> str:
     return "" if (ours == wide @ wide.T).all() else "packed_gram: products are not those of the unpacked levels"
 
 
+# -- attention: spec batch, heads, positions, width, causal; a unit is one element of q, and a round the output with its
+# first and second derivatives --
+
+Attend = Callable[..., torch.Tensor]
+
+
+def _attention_given(spec: Spec) -> list[torch.Tensor]:
+    """q, k, v, the gradient of the output, the directions of the second derivatives, of one shape."""
+    shape = spec["batch"], spec["heads"], spec["positions"], spec["width"]
+    generator = torch.Generator().manual_seed(13)
+    return [torch.randn(shape, generator=generator) for _ in range(7)]
+
+
+def attention_derivatives(attend: Attend, given: list[torch.Tensor], causal: bool) -> list[torch.Tensor]:
+    """The output of ``attend``, its gradients in q, k and v, and the gradients of those in the gradient, q, k and v."""
+    q, k, v, grad = (x.detach().requires_grad_() for x in given[:4])
+    out = attend(q, k, v, causal=causal)
+    first = torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+    second = torch.autograd.grad(first, (grad, q, k, v), given[4:])
+    return [x.detach() for x in (out, *first, *second)]
+
+
+def _attention(attend: Attend) -> Callable[[Spec], Side]:
+    def make(spec: Spec) -> Side:
+        given, causal = _attention_given(spec), spec["causal"]
+        attention_derivatives(attend, given, causal)
+        return lambda: _timed(lambda: attention_derivatives(attend, given, causal), given[0].numel())
+
+    return make
+
+
+def _elu_features(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def attend_by_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Kernel attention with its [positions, positions] weights, as two einsums."""
+    weights = torch.einsum("bhid,bhjd->bhij", _elu_features(q), _elu_features(k))
+    if causal:
+        weights = weights.tril()
+    return torch.einsum("bhij,bhjd->bhid", weights, v) / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+def attend_by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Kernel attention in linear time, as one writes it in PyTorch."""
+    if causal:
+        raise NotImplementedError("running sums of matrices take more memory than the pairs")
+    a, b = _elu_features(q), _elu_features(k)
+    return (a @ (b.mT @ v)) / (a @ b.sum(2).unsqueeze(-1) + 1e-6)
+
+
+def _attend_by_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Softmax attention, on the one path of PyTorch that has second derivatives."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _gate_attention(spec: Spec) -> str:
+    """At most twice the error of the definition under autograd in float32, against float64."""
+    given = _attention_given({**spec, "batch": 1, "heads": 2, "positions": min(spec["positions"], 200)})
+    ours = attention_derivatives(rf.linear_attention, given, spec["causal"])
+    plain = attention_derivatives(rf.reference.linear_attention, given, spec["causal"])
+    exact = attention_derivatives(rf.reference.linear_attention, [x.double() for x in given], spec["causal"])
+    names = ("output", "grad q", "grad k", "grad v", "second grad", "second q", "second k", "second v")
+    for name, got, near, known in zip(names, ours, plain, exact, strict=True):
+        error, allowed = ((x - known).norm().item() / known.norm().item() for x in (got, near))
+        if not error <= 2 * allowed + torch.finfo(torch.float32).eps:
+            return (
+                f"linear_attention: {name} is {error:.1e} off the definition, relative; in plain PyTorch {allowed:.1e}"
+            )
+    return ""
+
+
 SIDES: dict[str, Callable[[Spec], Side]] = {
     "copy": _copy,
     "noise.ours": _noise(_noise_ours),
@@ -333,6 +413,10 @@ SIDES: dict[str, Callable[[Spec], Side]] = {
     "bounds.reference": _bounds(rf.reference.betting_bounds),
     "gram.ours": _gram_ours,
     "gram.torch": _gram_torch,
+    "attention.ours": _attention(lambda *x, causal: rf.linear_attention(*x, causal=causal)),
+    "attention.pairs": _attention(attend_by_pairs),
+    "attention.softmax": _attention(_attend_by_softmax),
+    "attention.sums": _attention(attend_by_sums),
 }
 """Name to a function of the spec that makes the side."""
 
@@ -341,5 +425,6 @@ GATES: dict[str, Callable[[Spec], str]] = {
     "select": _gate_select,
     "bounds": _gate_bounds,
     "gram": _gate_gram,
+    "attention": _gate_attention,
 }
 """Name to a function of the spec that says what is wrong, or nothing."""

@@ -118,6 +118,26 @@ def _select(name: str, n: int, levels: int, target: float) -> Entry:
     )
 
 
+def _attention(name: str, what: str, causal: bool, targets: dict[str, float | None]) -> Entry:
+    sides = {"einsum of all pairs": "pairs", "SDPA, math": "softmax", "eager sums": "sums"}
+    spec = {"batch": 2, "heads": 12, "positions": 1024, "width": 64, "causal": causal}
+    return Entry(
+        name=name,
+        title=f"attention with first and second derivatives, {what}, N = 1024, D = 64, B H = 24",
+        unit="ms",
+        scale=24 * 1024 * 64 * 1e3,
+        gate="attention",
+        spec=spec,
+        sides=(Sided(OURS, "attention.ours"), *(Sided(label, f"attention.{sides[label]}") for label in targets)),
+        targets=tuple(Target(label, value) for label, value in targets.items()),
+        quick={"heads": 1},
+        rounds=9,
+        quick_rounds=3,
+        # 3 inputs and the output; for the gradients 4 and 3; for theirs 7 and 4.
+        floor_bytes=22 * 4,
+    )
+
+
 _HARD = ("all equal", "one ulp", "ascending", "descending", "99 % zeros")
 
 ENTRIES: tuple[Entry, ...] = (
@@ -169,6 +189,8 @@ ENTRIES: tuple[Entry, ...] = (
         )
         for levels in (1, 15)
     ),
+    _attention("attention", "all pairs", False, {"einsum of all pairs": 3, "SDPA, math": 5, "eager sums": 1.2}),
+    _attention("attention.causal", "causal", True, {"einsum of all pairs": None, "SDPA, math": None}),
     Entry(
         name="P4",
         title="time to the certificate that the published procedure has at q = 8192 (P4, P4b)",
