@@ -36,8 +36,8 @@ def _noise(name: str, what: str, share: float | None, bytes_per_element: int, **
 
 
 def _select(name: str, n: int, rows: int, levels: int) -> Entry:
-    sides = [Sided(OURS, "select.ours"), Sided("torch", "select.torch")]
-    targets = [Target("torch", None), Target(FLOOR, 0.5)]
+    sides = [Sided(OURS, "select.ours"), Sided("CUDA C++", "select.cuda"), Sided("torch", "select.torch")]
+    targets = [Target("CUDA C++", None), Target("torch", None), Target(FLOOR, 0.5)]
     if levels == 1:
         sides.append(Sided("torch.topk, scatter, sum", "select.scatter"))
         targets.append(Target("torch.topk, scatter, sum", 6 if n > 10000 else None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,8 +176,7 @@ def _select(make: Callable[[int, int, torch.device], Callable[[torch.Tensor], An
             for call in range(spec["calls"]):
                 evict()
                 add_small(small)
-                scores = pool[call % len(pool)]
-                calls.append(seconds_of(lambda scores=scores: add(scores), device))
+                calls.append(seconds_of(partial(add, pool[call % len(pool)]), device))
             # Calls are short: one that the system interrupts would stand for all.
             return {"seconds": float(np.median(calls)), "units": n * rows}
 
@@ -188,6 +188,20 @@ def _select(make: Callable[[int, int, torch.device], Callable[[torch.Tensor], An
 def _select_ours(n: int, levels: int, device: torch.device) -> Callable[[torch.Tensor], Any]:
     counts = torch.zeros(1, n, levels, dtype=torch.int32, device=device)
     return lambda scores: rf.count_sparsified_(counts, scores[None], TAU, GAMMA)
+
+
+def _select_cuda(n: int, levels: int, device: torch.device) -> Callable[[torch.Tensor], Any]:
+    """Ours by the kernels in CUDA C++."""
+    ours = _select_ours(n, levels, device)
+
+    def add(scores: torch.Tensor) -> None:
+        try:
+            with rf.backends.use(count_sparsified_="cuda", strict=True):
+                ours(scores)
+        except rf.BackendError as error:
+            raise NotImplementedError(str(error)) from error
+
+    return add
 
 
 def _sizes(n: int) -> tuple[int, int]:
@@ -406,6 +420,7 @@ SIDES: dict[str, Callable[[Spec], Side]] = {
     "noise.captum": _noise(_noise_captum),
     "noise.keyed": _noise(_noise_keyed),
     "select.ours": _select(_select_ours),
+    "select.cuda": _select(_select_cuda),
     "select.torch": _select(_select_torch),
     "select.scatter": _select(_select_scatter),
     "select.numpy": _select(_select_numpy),
