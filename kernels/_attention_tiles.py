@@ -1,4 +1,4 @@
-"""Tiles of the two sides of kernel attention, and products of them; the kernels are in linear_attention.py."""
+"""Tiles of the two sides of kernel attention, and products of them; `_attention_passes` is made of them."""
 
 from typing import NamedTuple
 
