@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret bench docs lint clean
+.PHONY: install demo test test-interpret test-host-cuda bench docs lint clean
 
 install: .venv/installed
 
@@ -33,6 +33,10 @@ ELSEWHERE := not grad and not long and not derivative and not misleads and not b
 test-interpret: install
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and $(ELSEWHERE)" $(INTERPRETED)
 
+# Every case of the CPU kernels through the CUDA kernels on the host; `make test` takes the shorter ones.
+test-host-cuda: install
+	ROBATTR_FAST_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) tests/test_host_machine.py tests/test_host_cuda.py
+
 # Adds to benchmarks/records/; close everything else that runs. ARGS='--quick', '--only P2', '--base HEAD~1'.
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -45,7 +49,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:
 	rm -rf .venv build dist out *.egg-info robattr_fast/*.so

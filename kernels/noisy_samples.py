@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from robattr_fast.kernels._stream import box_muller, philox4x32
+from robattr_fast.kernels._stream import box_muller, box_muller_fast, philox4x32
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def _noisy_samples(
     CHANNELS_LAST: tl.constexpr,
     DOUBLE: tl.constexpr,
     OFFSET: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     # Axis 0 may hold 2^31 - 1 programs, axis 1 only 65535.
@@ -66,8 +67,12 @@ def _noisy_samples(
         seed_high.to(tl.uint32),
     )
     scale = tl.full((1,), sigma, tl.float64)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
+    if FAST:
+        z0, z1 = box_muller_fast(w0, w1)
+        z2, z3 = box_muller_fast(w2, w3)
+    else:
+        z0, z1 = box_muller(w0, w1)
+        z2, z3 = box_muller(w2, w3)
     x_row = x + image.to(tl.int64) * n
     out_row = out + tl.program_id(0).to(tl.int64) * n
     e = (block // 16) * 64 + block % 16
@@ -85,8 +90,12 @@ def noisy_samples(
     first_sample: int,
     image_ids: torch.Tensor,
     sample_offset: torch.Tensor | None,
+    fast: bool,
 ) -> None:
-    """Fill out [B, q, *S] (contiguous, or channels-last per sample) from x [B, *S]. seed: int64 in two's complement."""
+    """Fill out [B, q, *S] (contiguous, or channels-last per sample) from x [B, *S]. seed: int64 in two's complement.
+
+    fast: hardware functions, whose bits nobody promises.
+    """
     x = x.contiguous()
     batch, num_samples = out.shape[:2]
     n = x[0].numel()
@@ -111,6 +120,7 @@ def noisy_samples(
         CHANNELS_LAST=channels_last,
         DOUBLE=out.dtype == torch.float64,
         OFFSET=sample_offset is not None,
+        FAST=fast,
         BLOCKS=blocks,
-        enable_fp_fusion=False,
+        enable_fp_fusion=fast,
     )

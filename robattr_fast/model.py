@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
@@ -59,13 +60,30 @@ def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
         raise ModelError(f"model: it cannot be copied ({error}); it is explained on a private copy") from error
 
 
+_OF_MODULES = vars(nn.Module()).keys()
+"""Attributes of every module: containers that are looked into by name, hooks, mode."""
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype))
+
+
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the architecture as printed and of every tensor that a module holds: name, dtype, shape, bytes."""
+    """SHA-256 of the architecture as printed, and of what its modules hold: tensors, and plain Python values.
+
+    Tensors by name, dtype, shape, bytes; numbers, strings and dtypes, also in lists, tuples and dicts, as printed.
+    """
     digest = hashlib.sha256(repr(model).encode())
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, module in model.named_modules():
         if isinstance(module, fx.GraphModule):  # printed, it names its parts and not what it does with them
             digest.update(module.code.encode())
+        plain = {key: value for key, value in vars(module).items() if key not in _OF_MODULES and _is_plain(value)}
+        digest.update(f"{name} {sorted(plain.items())}".encode())
         # Plain attributes too: torch.export keeps constants so.
         tensors |= {f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
     for name, tensor in sorted(tensors.items()):
@@ -94,6 +112,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a certificate records it: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """torch.autocast in ``dtype``; None: nothing is changed. No cast is cached: a captured graph would outlive it."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
-_TRIAL_SHARE = 0.02  # of the run's expected time
+_TRIAL_SHARE = 0.01  # of the run's expected time
 _TIMINGS, _SHORT_SECONDS = 3, 0.02  # of a batch in the trial: so often, unless it has taken so long
 _CLEARLY_SLOWER = 1.1  # a memory format that needs so many times the other's time is dropped from the trial
 
@@ -86,6 +86,7 @@ class Sampler:
         target: int64 [B], or None for the largest logit of each noisy sample.
         seed: 0 <= seed < 2^64.
         image_ids: int64 [B].
+        autocast: dtype in which the model runs under torch.autocast; None: as its surroundings have it.
 
     Set the batch size (and with it the memory format) before `run`.
     """
@@ -100,12 +101,14 @@ class Sampler:
         explain: str | _model.Explanation,
         seed: int,
         image_ids: torch.Tensor,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.x = x.detach().contiguous()
         self.sigma = sigma
         self.target = target
         self.explain = explain
+        self.autocast = autocast
         self.seed = _check.seed(seed)
         self.image_ids = image_ids.to(x.device)
         self.least, self.most = _model.batch_sizes(model)
@@ -124,18 +127,23 @@ class Sampler:
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
         (first,) = self._sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
-        _check_fixed(alone, first.logits)
+        _check_fixed(alone, first.logits, self._half_digits(alone))
         if callable(self.explain):
             again = self._sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
-            _check_repeatable(first.scores[0], again.scores[0])
+            _check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
         else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         return classes
 
+    def _half_digits(self, result: torch.Tensor) -> float:
+        """Relative: kernels may round differently from call to call, randomness changes the first digit or two."""
+        coarse = self.autocast or self.x.dtype
+        return max(torch.finfo(dtype).eps for dtype in (coarse, result.dtype)) ** 0.5
+
     def _logits_of_one_row(self) -> torch.Tensor:
         """Of the first sample of the first image, in every row of a batch."""
         self._fill([Segment(0, 0, 1)] * self.batch_size, self.batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), _model.autocast(self.x.device, self.autocast):
             return _model.forward(self.model, self._buffer)
 
     def set_batch_size(
@@ -188,7 +196,7 @@ class Sampler:
         for name in MEMORY_FORMATS:
             self.memory_format = name
             try:
-                logits.append(self._run(batch, self.batch_size)[0].logits.double())
+                logits.append(self._run(batch, self.batch_size)[0].logits.clone())
             except Exception as error:  # a model may take views that only one format allows
                 if name == "contiguous":
                     raise
@@ -196,8 +204,8 @@ class Sampler:
                 return ["contiguous"]
             finally:
                 self.memory_format = "contiguous"
-        apart = float((logits[1] - logits[0]).norm())
-        if not apart <= torch.finfo(self.x.dtype).eps ** 0.5 * float(logits[0].norm()):
+        apart = float((logits[1].double() - logits[0].double()).norm())
+        if not apart <= self._half_digits(logits[0]) * float(logits[0].norm()):
             _logger.warning("batches are not channels-last: the model gives other logits for them (by %.1e)", apart)
             return ["contiguous"]
         return list(MEMORY_FORMATS)
@@ -284,6 +292,7 @@ class Sampler:
                     explain=self.explain,
                     seed=self.seed,
                     targeted=self.target is not None,
+                    autocast=self.autocast,
                 )
             except Exception as error:  # of the model's own code, or of the driver
                 if _model.is_out_of_memory(error):
@@ -364,7 +373,8 @@ class Sampler:
         return self._buffer, torch.cat([self.target[s.image : s.image + 1].expand(s.count) for s in padded])
 
     def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
-        scores, logits = _model.scores(self.model, batch, target, self.explain)
+        with _model.autocast(self.x.device, self.autocast):
+            scores, logits = _model.scores(self.model, batch, target, self.explain)
         row = 0
         scored = []
         for segment in segments:
@@ -384,14 +394,13 @@ def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
     return kept
 
 
-def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor) -> None:
+def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor, half_digits: float) -> None:
     """ModelError unless a sample has the same logits in every row of a batch of its like and beside other samples.
 
     Logits [N, classes], of which ``alone`` has one sample in all rows, ``mixed`` that sample in the first.
     """
     rows = alone.double()
-    # Half of the digits: kernels may round differently from call to call, randomness changes the first digit or two.
-    allowed = torch.finfo(alone.dtype).eps ** 0.5 * float(rows[0].norm())
+    allowed = half_digits * float(rows[0].norm())
     among = float((rows - rows[0]).norm(dim=1).max())
     if among > allowed:
         raise ModelError(
@@ -406,10 +415,10 @@ def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor) -> None:
         )
 
 
-def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:
+def _check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float) -> None:
     """ModelError unless a callable gives one sample the same scores twice; NaN is judged later."""
     difference = float((once.double() - again.double()).nan_to_num().norm())
-    if difference > torch.finfo(once.dtype).eps ** 0.5 * float(once.double().nan_to_num().norm()):
+    if difference > half_digits * float(once.double().nan_to_num().norm()):
         raise ModelError(
             f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
             "takes a fixed function of each row"

@@ -54,6 +54,7 @@ class Step:
         batch: buffer [N, *S] for the noisy rows, on the device and in the memory format that the model gets.
         targeted: whether calls give a class; else each noisy sample explains its own largest logit.
         seed: in two's complement.
+        autocast: as in `Sampler`.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Step:
         explain: str | _model.Explanation,
         seed: int,
         targeted: bool,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
         self.sigma = sigma
         self.explain = explain
         self.seed = seed
+        self.autocast = autocast
         self.image = torch.zeros((1, *batch.shape[1:]), dtype=batch.dtype, device=batch.device)
         self.image_id = torch.zeros(1, dtype=torch.int64, device=batch.device)
         self.first_sample = torch.zeros(1, dtype=torch.int64, device=batch.device)
@@ -88,7 +91,8 @@ class Step:
             sample_offset=self.first_sample,
         )
         target = None if self.target is None else self.target.expand(len(self.batch))
-        return _model.scores(self.model, self.batch, target, self.explain)
+        with _model.autocast(self.batch.device, self.autocast):
+            return _model.scores(self.model, self.batch, target, self.explain)
 
     def __call__(
         self, image: torch.Tensor, image_id: torch.Tensor, first_sample: int, target: torch.Tensor | None

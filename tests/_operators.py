@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 from robattr_fast import _extension, backends
 
@@ -26,13 +27,59 @@ def needs_extension() -> None:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu"])
+# Where there is a GPU, its backends run the same cases: `moved` takes their tensors there.
+ON_GPU = ("triton_on_gpu", "cuda_on_gpu") if torch.cuda.is_available() else ()
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu", *ON_GPU])
 def backend(request):
-    """Runs the test on each backend that takes CPU tensors."""
+    """Runs the test on each backend that takes CPU tensors, or can be given them."""
     if request.param == "cpu":
         needs_extension()
-    with backends.use(request.param, strict=True):
-        yield request.param
+    name = request.param.removesuffix("_on_gpu")
+    if name == request.param:
+        with backends.use(name, strict=True):
+            yield name
+        return
+    operator = request.module.__name__.removeprefix("test_")
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = [own for own in backends.operators() if own.startswith(operator) and name in backends._registry[own]]
+        if not chosen:
+            pytest.skip(f"{operator} has no {name} kernel")
+        for own in chosen:
+            theirs = backends._registry[own][name]
+            ok, reason = theirs.can_run(torch.device("cuda"), torch.float32)
+            if not ok:
+                pytest.skip(reason)
+            there = backends.Implementation(moved(theirs.call, "cuda"), _extension.can_run_anywhere)
+            patch.setitem(backends._registry[own], name, there)
+        with backends.use(**dict.fromkeys(chosen, name), strict=True):
+            yield request.param
+
+
+def moved(call, device):
+    """``call`` of a backend for tensors of the CPU: their storages, with strides and all, go to the device and back."""
+
+    def run(*args, **kwargs):
+        storages = {}
+
+        def there(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in storages:
+                here = torch.empty(0, dtype=torch.uint8).set_(storage)
+                storages[storage.data_ptr()] = here, here.to(device, copy=True)
+            twin = storages[storage.data_ptr()][1].untyped_storage()
+            view = value.storage_offset(), value.shape, value.stride()
+            return torch.empty(0, dtype=value.dtype, device=device).set_(twin, *view)
+
+        results = call(*tree_map(there, args), **tree_map(there, kwargs))
+        for here, twin in storages.values():
+            here.copy_(twin)
+        return tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, results)
+
+    return run
 
 
 # A row of real size; under the interpreter, a thousand times slower, one that kernels treat like it.

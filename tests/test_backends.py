@@ -39,11 +39,13 @@ def chosen(device=CPU, operator="toy"):
 
 def test_order_of_preference(toy):
     assert chosen(CPU) == "cpu"
-    assert chosen(CUDA) == "cuda"
-    assert chosen(torch.device("meta")) == "reference"
-    toy["cuda"] = implementation("cuda", False, "no kernel")
     assert chosen(CUDA) == "triton"
+    assert chosen(torch.device("meta")) == "reference"
+    with backends.use("cuda"):
+        assert chosen(CUDA) == "cuda"
     toy["triton"] = implementation("triton", False, "no triton")
+    assert chosen(CUDA) == "cuda"
+    toy["cuda"] = implementation("cuda", False, "no kernel")
     assert chosen(CUDA) == "reference"
 
 
@@ -119,13 +121,14 @@ def test_fallback_is_logged_once_with_the_reason(toy, caplog):
 
 
 def test_a_backend_that_nobody_wrote_is_passed_over_in_silence(toy, caplog):
-    del toy["cuda"]
+    del toy["triton"]
     with caplog.at_level(logging.WARNING, "robattr_fast"):
-        assert chosen(CUDA) == "triton"
+        assert chosen(CUDA) == "cuda"
         assert not caplog.records
-        with backends.use("cuda"):
-            assert chosen(CUDA) == "triton"
-    assert [record.message for record in caplog.records] == ["toy: backend 'cuda' passed over: toy has no cuda backend"]
+        with backends.use("triton"):
+            assert chosen(CUDA) == "cuda"
+    messages = [record.message for record in caplog.records]
+    assert messages == ["toy: backend 'triton' passed over: toy has no triton backend"]
 
 
 def test_strict_raises_the_reason(toy):
@@ -176,8 +179,8 @@ def test_environment_variable(toy, monkeypatch):
         chosen()
 
 
-def explanation(operator="toy"):
-    return next(row for row in backends.explain() if (row.operator, row.device) == (operator, "cpu"))
+def explanation(operator="toy", device="cpu"):
+    return next(row for row in backends.explain() if (row.operator, row.device) == (operator, device))
 
 
 def test_explain(toy):
@@ -188,6 +191,30 @@ def test_explain(toy):
     with backends.use("triton", strict=True):
         assert explanation().backend == "none"
     assert {row.operator for row in backends.explain()} == set(backends.operators())
+
+
+def test_explain_says_why_a_kernel_is_not_the_default(toy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(explanation(device="cuda")).startswith("toy on cuda: triton; not cuda: not the default: no record shows")
+    with backends.use("cuda"):
+        assert str(explanation(device="cuda")) == "toy on cuda: cuda"
+    toy["cuda"] = implementation("cuda", False, "no kernel")
+    assert str(explanation(device="cuda")) == "toy on cuda: triton"
+    toy["triton"] = implementation("triton", False, "no triton")
+    assert str(explanation(device="cuda")) == "toy on cuda: reference; not triton: no triton; not cuda: no kernel"
+
+
+@pytest.mark.parametrize("operator", ["count_sparsified_", "topk_threshold"])
+def test_what_has_both_kernels_runs_on_triton_by_default(operator, monkeypatch):
+    monkeypatch.delenv("ROBATTR_FAST_BACKEND", raising=False)
+    for backend in ("triton", "cuda"):
+        registered = backends._registry[operator][backend]
+        runs = backends.Implementation(registered.call, can_run(True))
+        monkeypatch.setitem(backends._registry[operator], backend, runs)
+    with backends.preferring(backends.Preference()):
+        assert chosen(CUDA, operator) == "triton"
+        with backends.use(**{operator: "cuda"}):
+            assert chosen(CUDA, operator) == "cuda"
 
 
 def test_every_operator_has_a_reference():

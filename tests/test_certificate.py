@@ -24,6 +24,7 @@ def level_samples(images: int = 3, samples: int = 600, levels: int = 1, seed: in
 
 
 def certificate(levels: int = 1, **options) -> Certificate:
+    options = {"second_moment": False, "slack": 0} | options
     return Certificate.from_samples(level_samples(levels=levels), num_levels=levels, sigma=0.5, shape=SHAPE, **options)
 
 

@@ -1,6 +1,7 @@
 """The engine: counts that do not depend on batches, order or splits; stopping, resuming, refusing."""
 
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from torch import nn
 
 import robattr_fast as rf
 from robattr_fast.certify import Overlap, engine, files
-from robattr_fast.certify.concentration import summarize_gram
+from robattr_fast.certify.concentration import GramSummary, summarize_gram
 
 
 def images(count: int = 2) -> torch.Tensor:
@@ -209,10 +210,10 @@ def test_nonfinite_samples(on_nonfinite):
         with pytest.raises(rf.NonFiniteError, match=f"sample {int(first.int().argmax())} of image 0"):
             rf.certify(model, x, **COMMON, batch_size=8)
         return
-    retain = int(first.nonzero()[-1])  # all but the last invalid sample
-    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite, retain=retain)
+    certificate = rf.certify(model, x, **COMMON, batch_size=8, on_nonfinite=on_nonfinite, retain=16)
     assert certificate.invalid.tolist() == [int(first.sum())]
-    assert int(certificate.gram_summary[0, -1]) == int(first.sum()) - 1
+    assert int(certificate.gram_summary[0, 0]) == 48  # four blocks of twelve
+    assert int(certificate.gram_summary[0, -1]) == int(first[:48].sum())
     assert int(certificate.class_counts.sum()) == 50 - int(first.sum())
     counts, _ = counts_by_hand(MODEL, x, **COMMON)
     assert (certificate.counts <= counts).all()
@@ -398,19 +399,46 @@ def levels_by_hand(x, *, sigma, tau, samples, levels=1, gamma=None):
 
 
 @pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
-@pytest.mark.parametrize("retain", [16, 33, 64])
-def test_second_moments_come_from_the_first_samples(levels, gamma, retain):
+@pytest.mark.parametrize(("retain", "block", "blocks"), [(16, 13, 3), (33, 20, 2), (64, 40, 1)])
+def test_second_moments_come_from_equal_blocks(levels, gamma, retain, block, blocks):
     x = images()
     settings = {"sigma": 0.3, "tau": 0.2, "samples": 40, "levels": levels, "gamma": gamma}
     certificate = rf.certify(MODEL, x, **settings, retain=retain, batch_size=8)
-    rows = min(retain, 40)
-    packed = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :rows], levels)
+    packed = rf.reference.pack_levels(levels_by_hand(x, **settings), levels)
     for image in range(2):
-        gram = rf.reference.packed_gram(packed[image], levels)
-        expected = summarize_gram(gram, levels).to_array()
-        assert certificate.gram_summary[image, :-1].tolist() == expected.tolist()
+        parts = packed[image, : block * blocks].split(block)
+        grams = [summarize_gram(rf.reference.packed_gram(part, levels), levels) for part in parts]
+        expected = functools.reduce(GramSummary.joined, grams).to_array()
+        assert certificate.gram_summary[image, : len(expected)].tolist() == expected.tolist()
+        assert certificate.gram_summary[image, :2].tolist() == [block * blocks, blocks]
         assert certificate.gram_summary[image, -1] == 0
+        # Ten samples choose the directions. What is left of their block is used where it is four samples at least.
+        rest = block - 10 if block >= 14 else 0
+        assert certificate.gram_summary[image, len(expected)] == rest + block * (blocks - 1)
     assert (certificate.distance(0.01) > 0).all()
+
+
+@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
+def test_directions_come_from_the_first_quarter(levels, gamma):
+    x = images()
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 160, "levels": levels, "gamma": gamma}
+    certificate = rf.certify(MODEL, x, **settings, retain=80, batch_size=8)
+    rows = levels_by_hand(x, **settings).double() / levels
+    for image in range(2):
+        pilots, rest = rows[image, :40], (rows[image, 40:80], rows[image, 80:])
+        centred = pilots - pilots.mean(0)
+        _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+        found = torch.linalg.qr(certificate.directions[image].double().T).Q.T
+        # Rounded to 8 bits, the plane is nearly that of the top eigenvectors.
+        assert torch.linalg.svdvals(found @ vectors[:2].T).min() > 0.999
+        squares = certificate.gram_summary[image, -3:-1]
+        torch.testing.assert_close(squares, values[2] ** 2 / values[:2] ** 2)
+        shrink = torch.eye(rows.shape[2], dtype=torch.float64) - found.T @ (1 - squares.sqrt()).diag() @ found
+        tops = [torch.linalg.eigvalsh(torch.cov((part @ shrink).T, correction=0))[-1] for part in rest]
+        expected = (tops[0] * 40 + tops[1] * 80) / 120
+        numbers = certificate.gram_summary[image, 8:13]
+        assert numbers[:3].tolist() == [120, 2, 40]
+        assert float(numbers[3]) == pytest.approx(float(expected), rel=1e-7)
 
 
 @pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.05)])
@@ -418,7 +446,7 @@ def test_samples_are_kept_on_request(levels, gamma, tmp_path):
     x = images()
     settings = {"sigma": 0.3, "tau": 0.2, "samples": 40, "levels": levels, "gamma": gamma}
     certificate = rf.certify(MODEL, x, **settings, retain=16, keep_samples=True, batch_size=8)
-    expected = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :16], levels)
+    expected = rf.reference.pack_levels(levels_by_hand(x, **settings)[:, :39], levels)
     assert torch.equal(certificate.packed, expected)
     certificate.save(tmp_path / "kept.safetensors")
     assert torch.equal(rf.Certificate.load(tmp_path / "kept.safetensors")[1].packed, expected[1:])
@@ -429,12 +457,15 @@ def test_samples_are_kept_on_request(levels, gamma, tmp_path):
         rf.certify(MODEL, x, **settings, second_moment=False, keep_samples=True)
 
 
-def test_second_moments_of_a_later_look_do_not_depend_on_earlier_ones():
-    settings = {"sigma": 0.3, "tau": 0.2, "samples": 1100, "retain": 1024, "batch_size": 50}
+@pytest.mark.parametrize(("retain", "blocks"), [(1200, 1), (600, 2)])
+def test_second_moments_of_a_later_look_do_not_depend_on_earlier_ones(retain, blocks):
+    """A Gram matrix grows between looks inside a block, and starts anew in the next one."""
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 1100, "retain": retain, "batch_size": 50}
     once = rf.certify(MODEL, images(1), **settings)
     looked = rf.certify(MODEL, images(1), **settings, stop=rf.StopWhen(k=20, radius=10.0, overlap=1.0))
     assert torch.equal(looked.gram_summary, once.gram_summary)
-    assert int(looked.gram_summary[0, 0]) == 1024
+    assert torch.equal(looked.directions, once.directions)
+    assert looked.gram_summary[0, :2].tolist() == [1100, blocks]
 
 
 def test_second_moments_cost_nothing_when_declined():

@@ -149,7 +149,8 @@ def test_second_moments_are_shown_and_can_be_left_out(folder):
     shown = run(*options, "--retain", 300, samples=512)
     assert shown.exit_code == 0, shown.output
     cert, (row,) = Certificate.load("out/photo.safetensors"), rows(folder)
-    assert (cert.settings.retain, int(cert.gram_summary[0, 0])) == (300, 300)
+    assert cert.settings.retain == 300
+    assert cert.gram_summary[0, :2].tolist() == [512, 2]  # rows and blocks
     assert max(map(len, shown.stdout.splitlines())) <= 80
     assert f"cos {results.rounded_cosine(float(row['cosine@0.1']))}" in shown.stdout
 

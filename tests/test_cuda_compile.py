@@ -56,24 +56,38 @@ def test_resources(architecture, operator, tmp_path):
     kernels = {(element, bool(int(resident))): usage for element, resident, usage in found}
     assert len(kernels) == len(found) == 8  # four types of scores, rows in shared memory or not
     for kernel, usage in kernels.items():
-        used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
         resident_32_bit = kernel[1] and kernel[0] != "Float64"
         assert used["REG"] <= (64 if resident_32_bit else 128), (kernel, usage)
         assert used["STACK"] + used["LOCAL"] <= STACK[architecture], (kernel, usage)
-    if operator == "topk_threshold":
-        sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-        # Histograms of equal keys: one instruction counts all lanes that meet.
-        assert "ATOMS.POPC.INC" in sass
-        assert ("UCGABAR_ARV" in sass) == (architecture >= 90), "cluster barriers"
+        # The launcher asks for all dynamic shared memory there is: nothing static beside what sm_90 and later reserve.
+        assert used["SHARED"] == (1024 if architecture >= 90 else 0), (kernel, usage)
+    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    # Histograms of equal keys: one instruction counts all lanes that meet.
+    assert "ATOMS.POPC.INC" in sass
+    assert ("UCGABAR_ARV" in sass) == (architecture >= 90), "cluster barriers"
+    # Global memory: additions that return nothing, and no other atomics.
+    assert bool(re.search(r"\bREDG?\.E\.ADD\.STRONG\.GPU\b", sass)) == (operator == "count_sparsified")
+    assert not re.search(r"\bATOMG?\.", sass)
 
 
 @pytest.mark.slow
 def test_ptx_of_the_newest(tmp_path):
     newest = build.ARCHITECTURES[-1]
-    compile_source(CSRC / "cuda" / "topk_threshold.cu", tmp_path / "k.ptx", f"-arch=compute_{newest}", "-ptx")
+    compile_source(CSRC / "cuda" / "count_sparsified.cu", tmp_path / "k.ptx", f"-arch=compute_{newest}", "-ptx")
     ptx = (tmp_path / "k.ptx").read_text()
     assert f".target sm_{newest}" in ptx
+    assert "mul.rn.f32" in ptx
     assert "fma.rn.f32" not in ptx
+
+
+def test_the_build_has_every_architecture_and_ptx():
+    """What nvcc would put into the binary by the flags of the build."""
+    command = [NVCC, "--dryrun", "-c", *build.NVCC_FLAGS, CSRC / "cuda" / "topk_threshold.cu"]
+    steps = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    images = set(re.findall(r"--image\d*=kind=(\w+),sm=(\d+)", steps))
+    expected = {("elf", str(number)) for number in build.ARCHITECTURES}
+    assert images == expected | {("ptx", str(build.ARCHITECTURES[-1]))}
 
 
 def test_bindings_compile(tmp_path):

@@ -101,6 +101,30 @@ def test_fingerprint_sees_weights_and_architecture():
     assert rf_model.fingerprint(model) != rf_model.fingerprint(buffered)
 
 
+@pytest.mark.parametrize(
+    "value", [2.0, 1, True, None, "tanh", torch.float16, (1, (2, 3)), [0.5], {"scale": [1, 2]}, {3: None}]
+)
+def test_fingerprint_sees_plain_attributes(value):
+    """A forward may read them: samples of such models must not be merged."""
+    model, other = small_cnn(), small_cnn()
+    model[2].setting, other[2].setting = value, (value, 0)
+    assert rf_model.fingerprint(model) != rf_model.fingerprint(other)
+    other[2].setting = value
+    assert rf_model.fingerprint(model) == rf_model.fingerprint(other)
+    other[3].setting = value
+    assert rf_model.fingerprint(model) != rf_model.fingerprint(other)
+
+
+def test_fingerprint_does_not_see_addresses():
+    model = small_cnn()
+    model.helper = object()  # printed, it would show its address
+    model.later = lambda x: x
+    model.deep = [object()]
+    same = small_cnn()
+    same.helper, same.later, same.deep = object(), (lambda x: x), [object()]
+    assert rf_model.fingerprint(model) == rf_model.fingerprint(same)
+
+
 def _returning(result):
     class Model(nn.Module):
         def forward(self, z):

@@ -136,6 +136,19 @@ def test_memory_format_changes_strides_only(backend, dtype, shape):
     assert_same_bits(rf.noisy_samples(x.transpose(2, 3).contiguous().transpose(2, 3), 0.5, 4), plain)
 
 
+def test_fast_noise_is_nearly_the_stream(backend):
+    x = torch.zeros(2, 2000 if INTERPRETED else 200_000)
+    exact, fast = (rf.noisy_samples(x, 1.0, 2, seed=5, fast=fast) for fast in (False, True))
+    if backend in ("reference", "cpu"):
+        assert_same_bits(fast, exact)
+    # A phase is off by less than 1e-6, which a radius of 7 multiplies; an error e of the logarithm moves a radius r by
+    # e / r, and e is less than 1e-6 too.
+    error = (fast - exact).abs()
+    assert float((error * exact.abs()).max()) < 1e-4
+    assert float(error.mean()) < 1e-6
+    assert float(exact.abs().max()) > 3
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_is_x_plus_sigma_z(backend, dtype):
     x = torch.randn(1, 1000).to(dtype)
@@ -151,6 +164,7 @@ def test_opcheck():
     torch.library.opcheck(op, (x, 0.5, 3, -1, 2, None, None, None, False))
     torch.library.opcheck(op, (x.requires_grad_(), 0.5, 3, 1, 2, torch.tensor([4, 7]), torch.tensor([9]), None, True))
     torch.library.opcheck(op, (x, 0.5, 3, 1, 2, None, None, torch.bfloat16, False))
+    torch.library.opcheck(op, (x.requires_grad_(), 0.5, 3, 1, 2, None, None, None, False, True))
 
 
 def test_compile():

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from robattr_fast import plots, reference
-from robattr_fast.certify import Certificate, Settings
+from robattr_fast import plots
+from robattr_fast.certify import Certificate
 from robattr_fast.certify.certificate import METHODS
-from robattr_fast.certify.moments import summary_row
 
 K = 20
 
@@ -53,13 +52,8 @@ def with_second_moments(n=360, samples=600, k_tau=36):
     generator = torch.Generator().manual_seed(0)
     scores = torch.linspace(-3, 3, n) + 1.5 * torch.randn(samples, n, generator=generator)
     maps = torch.zeros(samples, n, dtype=torch.uint8).scatter_(1, scores.topk(k_tau, dim=1).indices, 1)
-    return Certificate(
-        counts=maps.sum(0, dtype=torch.int32)[None, :, None],
-        samples=torch.tensor([samples]),
-        gram_summary=summary_row(reference.packed_gram(reference.pack_levels(maps, 1), 1), 1, 0)[None],
-        settings=Settings(
-            sigma=0.5, shape=(3, 12, 10), tau=0.1, planned_samples=(samples,), second_moment=True, retain=samples
-        ),
+    return Certificate.from_samples(
+        maps[None], num_levels=1, sigma=0.5, shape=(3, 12, 10), tau=0.1, slack=None, retain=samples
     )
 
 

@@ -91,7 +91,7 @@ KILLED = textwrap.dedent("""
     kills = 0
     while True:
         child = start()
-        time.sleep(clock.uniform(0.05, 0.35) * whole)
+        time.sleep(clock.uniform(0.02, 0.25) * whole)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):

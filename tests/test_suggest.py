@@ -49,14 +49,14 @@ def test_expected_moments_are_those_of_more_samples():
     for seed in range(6):
         rows = rank_one(128, seed, n=2000).float()
         seen = summarize_gram((rows @ rows.T).long(), 1)
-        expected = module._expected_summary(seen, trace_estimate(rows.sum(0).int()[:, None], 128), 1024)
+        expected = module._expected_summary(seen, trace_estimate(rows.sum(0).int()[:, None], 128), 1024, 1)
         pilots.append((seen.to_array(), expected.to_array()))
     seen, expected = np.mean(pilots, axis=0)
     rows = rank_one(1024, 7, n=2000).float()
     found = summarize_gram((rows @ rows.T).long(), 1).to_array()
     fourth = [field.name for field in dataclasses.fields(GramSummary)].index("fourth")
     assert np.delete(expected, fourth) == pytest.approx(np.delete(found, fourth), rel=0.2)
-    assert np.delete(seen, fourth)[1:].tolist() != pytest.approx(np.delete(found, fourth)[1:].tolist(), rel=0.2)
+    assert np.delete(seen, fourth)[2:].tolist() != pytest.approx(np.delete(found, fourth)[2:].tolist(), rel=0.2)
     # Its largest diagonal entries count as well: what is expected errs on the large side, by less than a pilot does.
     assert found[fourth] < expected[fourth] < 2.5 * found[fourth] < seen[fourth]
 
@@ -103,15 +103,16 @@ def test_pilot_counts_are_those_of_certify():
         model, x, sigma=0.3, tau=0.2, gamma=0.1, levels=5, samples=30, first_sample=2**32 - 30, image_ids=[4, 9]
     )
     seen = []
-    judged = module._judged
+    expected = module._expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_judged", lambda row, *rest: seen.append(row) or judged(row, *rest))
+        patch.setattr(module, "_expected", lambda one, settings: seen.append(one) or expected(one, settings))
         rf.suggest(
             model, x, 20, 0.1, sigma=0.3, pilot=30, taus=(0.3, 0.2), gammas=(0.1,), levels=(5,), image_ids=[4, 9]
         )
     for image in range(2):
-        assert torch.equal(seen[1][image].counts[0], own.counts[image])
-        assert torch.equal(seen[1][image].gram_summary[0], own.gram_summary[image])
+        assert torch.equal(seen[2 * image + 1].counts[0], own.counts[image])
+        assert torch.equal(seen[2 * image + 1].gram_summary[0], own.gram_summary[image])
+        assert torch.equal(seen[2 * image + 1].directions[0], own.directions[image])
 
 
 def test_settings_are_arguments_of_certify():

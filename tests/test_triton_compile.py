@@ -74,12 +74,8 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("pointer", "channels_last", "per_normal"),
-    [("*fp32", False, 65), ("*fp32", True, 86), ("*bf16", True, 90), ("*fp64", False, 66)],
-)
-def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_path):
+def _noise(pointer, channels_last, fast, architecture, folder):
+    """The kernel, and its instructions per normal: all of them, rarely taken paths included, over those of a thread."""
     blocks = 512
     compiled = Compiled(
         noisy_samples._noisy_samples,
@@ -94,19 +90,46 @@ def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_pat
             "sample_offset": "*i64",
             **dict.fromkeys(("num_samples", "plane", "channels"), "i32"),
         },
-        {"CHANNELS_LAST": channels_last, "DOUBLE": pointer == "*fp64", "OFFSET": True, "BLOCKS": blocks},
+        {
+            "CHANNELS_LAST": channels_last,
+            "DOUBLE": pointer == "*fp64",
+            "OFFSET": True,
+            "FAST": fast,
+            "BLOCKS": blocks,
+        },
         architecture,
-        tmp_path,
-        enable_fp_fusion=False,
+        folder,
+        enable_fp_fusion=fast,
     )
+    return compiled, len(compiled.sass) / (4 * blocks / 128)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("pointer", "channels_last", "per_normal"),
+    [("*fp32", False, 65), ("*fp32", True, 86), ("*bf16", True, 90), ("*fp64", False, 66)],
+)
+def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_path):
+    compiled, instructions = _noise(pointer, channels_last, False, architecture, tmp_path)
     # Arguments that equal 1 must stay arguments: as constants they would have no type to convert.
     assert {"seed_low", "seed_high"} <= set(noisy_samples._noisy_samples.do_not_specialize)
     assert "fma.rn.f32" not in compiled.ptx, "a contracted multiply-add breaks the promise of equal bits"
     assert "sqrt.rn.f32" in compiled.ptx
     assert "sqrt.approx" not in compiled.ptx
     compiled.assert_within(registers=64, shared=0)
-    # All of the program, the rarely taken path of the square root included, over the normals of one thread.
-    assert len(compiled.sass) / (4 * blocks / 128) <= per_normal
+    assert instructions <= per_normal
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("pointer", "channels_last", "per_normal"),
+    [("*fp32", False, 35), ("*fp32", True, 55), ("*bf16", True, 60), ("*fp64", False, 36)],
+)
+def test_fast_noise(architecture, pointer, channels_last, per_normal, tmp_path):
+    compiled, instructions = _noise(pointer, channels_last, True, architecture, tmp_path)
+    assert {"lg2", "sqrt", "sin", "cos"} <= set(re.findall(r"(\w+)\.approx\.ftz\.f32", compiled.ptx))
+    compiled.assert_within(registers=48, shared=0)
+    assert instructions <= per_normal
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -30,8 +30,8 @@ class Counters {
       : counts_(a.counts), n_(a.plan.n), levels_(a.levels), part_(part), staged_(a.plan.staged >= 0) {
     if (!staged_) return;
     words_ = rt::dynamic_shared<uint32_t>(a.plan.staged, a.plan.part / 4 * levels_);
+    // the first selection is a barrier between this and the first count
     for (int w = rt::thread_index(); w < words(); w += rt::block_size()) words_.store(w, 0);
-    rt::sync_threads();
   }
 
   // To be called by the whole block before each row.

@@ -12,7 +12,7 @@ namespace robattr_fast {
 
 inline Rows rows_of(const Tensor& scores) {
   const int64_t last = scores.dim() - 1, n = scores.size(last);
-  STD_TORCH_CHECK(n <= INT32_MAX, "scores: got rows of ", n, " elements, takes at most 2^31 - 1");
+  STD_TORCH_CHECK(n <= kLongestRow, "scores: got rows of ", n, " elements, takes at most ", kLongestRow);
   return {scores.const_data_ptr(),          scores.numel() / n,      scores.size(last - 1),
           last == 2 ? scores.stride(0) : 0, scores.stride(last - 1), scores.stride(last)};
 }
@@ -54,7 +54,9 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, int device) {
   const Plan& plan = arguments.plan;
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
+  // All that a block may have, not what this plan takes: another thread may launch the same kernel by another plan.
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
 
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;

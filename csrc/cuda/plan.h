@@ -14,6 +14,7 @@ constexpr int kMaxCluster = 8;       // larger ones are not portable
 constexpr int kSamples = 2048;       // elements of a row from which its threshold is guessed
 constexpr int kMaxStagedRows = 255;  // counters of one byte are added to those in global memory before they overflow
 constexpr int kEdges = 16;
+constexpr int64_t kLongestRow = INT32_MAX - 63;  // elements: padded to whole vectors they can still be numbered
 
 // Shared memory that one block may have, and how much of it if two are to run on a multiprocessor.
 struct Device {

@@ -200,8 +200,8 @@ class Selector {
       : plan_(plan),
         scan_(rt::dynamic_shared<int32_t>(plan.scan, kMaxWarps)),
         found_(rt::dynamic_shared<int32_t>(plan.scan + 4 * kMaxWarps, 8)) {
+    // reduce(), which comes first, is a barrier between this and the first histogram
     for (int buffer = 0; buffer < 2; ++buffer) clear(buffer);
-    rt::sync_threads();
   }
 
   // Extremes over the cluster of what each thread has seen. Orders shared memory as cluster_sync does.
@@ -317,9 +317,7 @@ class Selector {
     const int first = static_cast<int>(static_cast<int64_t>(j) * length / plan_.sampled);
     const int end = static_cast<int>((static_cast<int64_t>(j) + 1) * length / plan_.sampled);
     const uint32_t random = (static_cast<uint32_t>(j) * 2654435761u + 40503u) * 2246822519u;
-    const int place =
-        first + static_cast<int>(static_cast<uint64_t>(random) * static_cast<uint64_t>(end - first) >> 32);
-    return least(place, length - 1);
+    return first + static_cast<int>(static_cast<uint64_t>(random) * static_cast<uint64_t>(end - first) >> 32);
   }
 
   ROBATTR_DEVICE int shift_of(Key low, Key high) const {

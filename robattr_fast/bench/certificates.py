@@ -16,6 +16,7 @@ from torch import nn
 from robattr_fast import images, model
 from robattr_fast.certify import Certificate
 from robattr_fast.certify.environment import environment
+from robattr_fast.certify.moments import Summary
 from robattr_fast.certify.settings import Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertificateFileError
@@ -122,7 +123,8 @@ def make(
         batch_images=1,
         **environment(x.device),
     )
-    state = State(settings, 1, classes, x.device)
+    # A run that was planned to end at a look divides its samples into other blocks: all of them are kept.
+    state = State(settings, 1, classes, x.device, keep_samples=True)
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for look in looks(planned):
@@ -130,9 +132,12 @@ def make(
             for scored in sampler.run(segments):
                 state.add(scored, 0)
             told(f"{name}: {state.done[0]} of {planned} samples")
-        so_far = state.certificate(0, sampler.batch_size)
+        so_far = state.certificate(0, sampler.batch_size, moments=False)
         asked = dataclasses.replace(so_far.settings, planned_samples=(look,))
-        found[look] = Certificate(**so_far.tensors, settings=asked)
+        known = Summary.of_rows(state.retained[0].rows(), look, RETAIN, 1, asked.n, 0)
+        summary, directions = known.to_tensors()
+        held = {"gram_summary": summary[None], "directions": directions[None]}
+        found[look] = Certificate(**so_far.tensors, **held, settings=asked)
         found[look].save(folder / f"{name}.{look:05d}.safetensors")
     return found
 

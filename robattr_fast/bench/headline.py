@@ -61,13 +61,13 @@ def _said(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**spread([1e3 * rate for rate in rates(rows)]), "rounds": len(rows), **kept}
 
 
-def _evaluation(context: Context, n: int, rows: int, samples: int) -> dict[str, float]:
-    """Seconds of what follows the samples: Gram matrix of ``rows`` maps, bounds and overlap."""
+def _evaluation(context: Context, n: int, retain: int, samples: int) -> dict[str, float]:
+    """Seconds of what follows the samples: Gram matrices, ``retain`` maps at a time (0: none), bounds and overlap."""
     context.told(f"evaluating a certificate of {samples} samples")
     with context.process() as process:
-        process.prepare("evaluation", "job.evaluation", {"n": n, "rows": rows, "samples": samples})
+        process.prepare("evaluation", "job.evaluation", {"n": n, "retain": retain, "samples": samples})
         both = [process.round("evaluation") for _ in range(1 if context.quick else 3)]
-    return {name: spread([one[name] for one in both])["median"] for name in ("seconds", "gram", "look")}
+    return {name: spread([one[name] for one in both])["median"] for name in ("seconds", "gram", "look", "last")}
 
 
 def same_certificate(context: Context, spec: dict[str, Any], rounds: int, result: Result) -> None:
@@ -137,8 +137,8 @@ def _compare(
     for method, samples in needed.items():
         if samples is None or share == 0:
             continue
-        rows = min(samples, certificates.RETAIN) if method == "second-moment" else 0
-        after = _evaluation(context, result.details["n"], max(rows, 4), samples)["seconds"]
+        retain = certificates.RETAIN if method == "second-moment" else 0
+        after = _evaluation(context, result.details["n"], retain, samples)["seconds"]
         fixed = result.details["setup"] + after
         result.details["needed"][image][f"{method} seconds"] = spread([fixed + samples * pace for pace in ours])
         for label, pace in peers.items():
@@ -156,9 +156,10 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
     """P5: the share of a run of ``planned`` samples that is not spent in the model.
 
     Seconds in the model are taken inside the run itself. Trial and folding are those of a first call; looks are as many
-    as a stop rule takes, with the Gram matrices of its looks at 512, 1024 and 2048 samples, whose time grows with the
-    square.
+    as a stop rule takes, with second moments at its scheduled looks: Gram matrices grow from one to the next, so that
+    those inside of the first block add their summaries alone, whose time grows with the square of the rows at least.
     """
+    from robattr_fast.certify.concentration import look_schedule
     from robattr_fast.certify.engine import betting_looks
 
     paces = _paces(context, spec, rounds, result, peers=False)
@@ -167,7 +168,12 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
     planned = spec["planned"]
     after = _evaluation(context, 150528, certificates.RETAIN, planned)
     looks = len(list(betting_looks(planned)))
-    gram = after["gram"] * sum((rows / certificates.RETAIN) ** 2 for rows in (512, 1024, 2048))
+    early = [look for look in look_schedule(planned) if look < planned]
+    inside = sum((look / certificates.RETAIN) ** 2 for look in early if look < certificates.RETAIN)
+    gram = after["gram"] * (1 + inside * certificates.RETAIN / planned)
+    # A norm is deflated once there are samples beyond the first block.
+    searches = sum(look > certificates.RETAIN for look in early)
+    stop = looks * after["look"] + searches * (after["last"] - after["look"])
     shares = []
     parts: dict[str, list[float]] = {}
     for one in paces[OURS]:
@@ -176,9 +182,9 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
             "model": model,
             "noise, selection, counts": planned * one["seconds"] / one["units"] - model,
             "copies, folding, trial of batches": one["setup"],
-            "looks for a stop": looks * after["look"],
+            "looks for a stop": stop,
             "second moments": gram,
-            "last bounds": after["look"],
+            "last bounds": after["last"],
         }
         total = sum(seconds.values())
         shares.append(100 * (total - model) / total)
@@ -186,7 +192,7 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
             parts.setdefault(part, []).append(value)
     result.details["seconds of 8192 samples"] = {part: spread(values) for part, values in parts.items()}
     result.ratios.append(limit(shares, of="everything but the model", unit="%", target=3))
-    looked = [100 * looks * after["look"] / sum(values) for values in zip(*parts.values(), strict=True)]
+    looked = [100 * stop / sum(values) for values in zip(*parts.values(), strict=True)]
     result.ratios.append(limit(looked, of="looks for a stop", unit="%", target=2))
 
 

@@ -54,7 +54,7 @@ def default_path() -> Path:
     machine = provenance()["machine"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower()).strip("-")
     folder = HERE / RECORDS
-    return (folder if folder.is_dir() else Path()) / f"{name}.jsonl"
+    return (folder if folder.parent.is_dir() else Path()) / f"{name}.jsonl"
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -16,9 +16,12 @@ from robattr_fast.certify.contents import check
 from robattr_fast.certify.evaluation import Evaluated
 from robattr_fast.certify.label import Prediction
 from robattr_fast.certify.merge import merge_settings
-from robattr_fast.certify.moments import Moments, no_summary
+from robattr_fast.certify.moments import Moments, Summary, no_summary
+from robattr_fast.certify.second_moment import SecondMoments
 from robattr_fast.certify.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError, MergeError
+from robattr_fast.reference._pack_levels import pack_levels
+from robattr_fast.reference._select import selected
 
 METHODS = ("best", "marginal", "second-moment")
 
@@ -47,7 +50,9 @@ class Certificate:
         samples: int64 [B].
         invalid: int32 [B], samples with NaN or infinite scores; they count as the map 0 and vote for no class.
         class_counts: int32 [B, classes], votes of the samples; None if they were not kept.
-        gram_summary: float64 [B, 8], what T7 needs of the retained samples (`moments`); None without second moments.
+        gram_summary: float64 [B, 16], what T7 needs of the retained samples (`moments`); None without second moments.
+        directions: int8 [B, 2, n], the directions of the map that vary most, from the first of these samples
+            (`deflation`); None without second moments.
         packed: uint8 [B, m, row_bytes], the packed levels of the retained samples (`keep_samples=True`; rows that an
             image has no sample for are zero); else None.
         settings: everything that was fixed before sampling.
@@ -67,6 +72,7 @@ class Certificate:
         invalid: torch.Tensor | None = None,
         class_counts: torch.Tensor | None = None,
         gram_summary: torch.Tensor | None = None,
+        directions: torch.Tensor | None = None,
         packed: torch.Tensor | None = None,
     ) -> None:
         if invalid is None:
@@ -78,6 +84,7 @@ class Certificate:
             "invalid": invalid,
             "class_counts": class_counts,
             "gram_summary": gram_summary,
+            "directions": directions,
             "packed": packed,
         }
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -91,6 +98,7 @@ class Certificate:
         self.invalid = self._tensors["invalid"]
         self.class_counts = self._tensors.get("class_counts")
         self.gram_summary = self._tensors.get("gram_summary")
+        self.directions = self._tensors.get("directions")
         self.packed = self._tensors.get("packed")
         self._evaluated = Evaluated(settings, self._values, self.samples, self.invalid)
         self._gaps_by_k: dict[int, torch.Tensor] = {}
@@ -120,11 +128,16 @@ class Certificate:
             shape: shape [*M] of one map; default [n].
             class_counts: int32 [B, classes].
             invalid: int32 [B], how many of the samples gave no map and counted as 0.
-            alpha, bound, slack, second_moment: as in `Settings`, chosen before the counts were seen.
+            alpha, bound, slack: as in `Settings`, chosen before the counts were seen.
+            second_moment: must be False.
         """
         if not isinstance(counts, torch.Tensor) or counts.ndim != 3:
             raise ValueError(
                 f"counts must be a tensor of shape [B, n, L], got {getattr(counts, 'shape', type(counts))}"
+            )
+        if second_moment:
+            raise ValueError(
+                "second_moment: got True, but counts do not tell how elements move together; from_samples does"
             )
         if isinstance(samples, int):
             samples = torch.full((len(counts),), samples, dtype=torch.int64)
@@ -142,11 +155,27 @@ class Certificate:
 
     @classmethod
     def from_samples(
-        cls, levels: torch.Tensor, *, num_levels: int, sigma: float, shape: Sequence[int] | None = None, **options: Any
+        cls,
+        levels: torch.Tensor,
+        *,
+        num_levels: int,
+        sigma: float,
+        tau: float | None = None,
+        second_moment: bool = True,
+        retain: int = 2048,
+        **options: Any,
     ) -> "Certificate":
-        """A certificate from the maps of all samples. levels: uint8 [B, q, n], level l of the value l/num_levels.
+        """A certificate from the maps of all samples: counts and second moments alike. It cannot be merged.
 
-        options: as in `from_counts`.
+        Args:
+            levels: uint8 [B, q, n], level l of the value l/num_levels; q was fixed in advance.
+            tau: at most max(1, floor(tau n + 1e-9)) elements of a sample are not 0, fixed before the samples were seen.
+                None: any number may be; second moments then prove less.
+            second_moment, retain: as in `certify`; second moments take num_levels of at most 15, else pass False.
+            num_levels, sigma, options: as in `from_counts`.
+
+        Raises:
+            TypeError, ValueError: an argument outside of what is named above, or a sample that contradicts ``tau``.
         """
         if not isinstance(levels, torch.Tensor) or levels.dtype != torch.uint8:
             raise TypeError(f"levels must be a uint8 tensor, got {getattr(levels, 'dtype', type(levels).__name__)}")
@@ -154,10 +183,32 @@ class Certificate:
             raise ValueError(f"levels must have shape [B, q, n], got {list(levels.shape)}")
         if not 1 <= num_levels <= 255:
             raise ValueError(f"num_levels must lie in 1..255, got {num_levels}")
+        if second_moment and num_levels > 15:
+            raise ValueError(f"second_moment: got True, which takes num_levels in 1..15, got {num_levels}")
+        if second_moment and not 4 <= retain <= 8192:
+            raise ValueError(f"retain must lie in 4..8192, got {retain}")
         if levels.numel() and levels.max() > num_levels:
             raise ValueError(f"levels must not exceed num_levels={num_levels}, got {int(levels.max())}")
+        samples, n = levels.shape[1:]
+        if tau is not None and levels.numel() and (most := int((levels > 0).sum(2).max())) > selected(tau, n):
+            raise ValueError(f"levels: a sample selects {most} elements, tau={tau} allows {selected(tau, n)} of {n}")
         each = [(levels == level).sum(1, dtype=torch.int32) for level in range(1, num_levels + 1)]
-        return cls.from_counts(torch.stack(each, 2), levels.shape[1], sigma=sigma, shape=shape, **options)
+        counted = cls.from_counts(torch.stack(each, 2), samples, sigma=sigma, **options)
+        settings = dataclasses.replace(
+            counted.settings, tau=tau, second_moment=second_moment, retain=retain if second_moment else 0
+        )
+        if not second_moment:
+            return cls(**counted.tensors, settings=settings)
+        found = [
+            Summary.of_rows(pack_levels(rows, num_levels), samples, retain, num_levels, n, 0).to_tensors()
+            for rows in levels.cpu()
+        ]
+        return cls(
+            **counted.tensors,
+            gram_summary=torch.stack([row for row, _ in found]),
+            directions=torch.stack([directions for _, directions in found]),
+            settings=settings,
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -234,6 +285,11 @@ class Certificate:
     def has_second_moments(self) -> bool:
         """True if second moments (T7) prove something of every image: `distance` and `cosine` may be asked for."""
         return all(moments.proved is not None for moments in self._moments)
+
+    @property
+    def second_moments(self) -> list[SecondMoments | None]:
+        """Per image what second moments (T7) prove; None where they prove nothing."""
+        return [moments.proved for moments in self._moments]
 
     def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
         """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
@@ -351,7 +407,7 @@ class Certificate:
         """
         settings = merge_settings(self.settings, other.settings)
         # Second moments are planned for one run; the union is evaluated by its counts.
-        ours, theirs = (cert._tensors.keys() - {"gram_summary", "packed"} for cert in (self, other))
+        ours, theirs = (cert._tensors.keys() - {"gram_summary", "directions", "packed"} for cert in (self, other))
         if ours != theirs:
             raise MergeError(f"contents differ: {sorted(ours)} and {sorted(theirs)}")
         merged = {}
@@ -389,8 +445,17 @@ class Certificate:
     def _moments(self) -> list[Moments]:
         settings = self.settings
         summary = self.gram_summary if self.gram_summary is not None else no_summary(len(self))
+        directions: Any = self.directions if self.directions is not None else [None] * len(self)
         return [
-            Moments(settings, image, self._values[image], samples, summary[image], int(self.invalid[image]))
+            Moments(
+                settings,
+                image,
+                self._values[image],
+                samples,
+                summary[image],
+                directions[image],
+                int(self.invalid[image]),
+            )
             for image, samples in enumerate(self.samples.tolist())
         ]
 

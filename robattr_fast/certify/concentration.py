@@ -15,8 +15,8 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 FIRST_LOOK = 512
-#: How alpha is split between the three events of T7, before sampling.
-ERROR_SHARE, SPECTRAL_SHARE, FROBENIUS_SHARE = 0.5, 0.3, 0.2
+#: How alpha is split between the four events of T7, before sampling.
+ERROR_SHARE, SPECTRAL_SHARE, DEFLATED_SHARE, FROBENIUS_SHARE = 0.4, 0.2, 0.25, 0.15
 #: The share of each event that the planned last look keeps; the earlier looks divide the rest equally.
 LAST_LOOK_SHARE = 0.75
 # Below, all eigenvalues cost less than a few of them.
@@ -25,6 +25,7 @@ _LANCZOS_SIZE = 512
 _BET = 0.85
 # Relative: floating-point noise of the formulas below is some 1e-13.
 _OUTWARD = 1e-9
+_UP = 1 + 1e-14
 
 
 def look_schedule(planned: int) -> dict[int, float]:
@@ -43,6 +44,17 @@ def look_schedule(planned: int) -> dict[int, float]:
     if not early:
         return {planned: 1.0}
     return dict.fromkeys(early, (1 - LAST_LOOK_SHARE) / len(early)) | {planned: LAST_LOOK_SHARE}
+
+
+def block_rows(planned: int, retain: int) -> int:
+    """Rows of each block of retained samples: equal blocks of at most ``retain``, as few as can use up the plan."""
+    return planned // -(-planned // retain)
+
+
+def rows_in_blocks(samples: int, planned: int, retain: int) -> int:
+    """How many of the first ``samples`` the Gram matrices hold: whole blocks, or all samples of the first one."""
+    block = block_rows(planned, retain)
+    return samples if samples < block else min(samples // block, planned // block) * block
 
 
 def mean_map(counts: Tensor, samples: int) -> Tensor:
@@ -74,16 +86,18 @@ def trace_estimate(counts: Tensor, samples: int) -> float:
 
 @dataclass(frozen=True)
 class GramSummary:
-    """All that T7 needs from the retained samples, seven numbers per look. h is in units of 1, not of levels.
+    """All that the ball of T7 needs from the retained samples, eight numbers per look. h is in units of 1, not levels.
 
-    rows: m, the samples in the Gram matrix. norm2: ||mean||^2 of theirs. eigenvalue: the largest of the centred Gram
-    matrix over m, that is of the empirical covariance. fourth: the same of its squared entries, at least the fourth
-    moment of the centred samples along any direction. For the first floor(m/2) samples, of mean a and empirical
-    covariance Sigma_A: half_eigenvalue: the largest eigenvalue of Sigma_A; half_norm2: ||a||^2; half_mean: mean over
-    the other samples of (h - a)' Sigma_A (h - a). All rounded up.
+    rows: m, the samples in all ``blocks`` of equal size. The others are means over the blocks, or where it says so the
+    largest. norm2 (largest): ||mean||^2 of a block. eigenvalue: the largest of the centred Gram matrix over its size,
+    that is of the empirical covariance. fourth: the same of its squared entries, at least the fourth moment of the
+    centred samples along any direction. For the first half of a block, rounded down, of mean a and empirical covariance
+    Sigma_A: half_eigenvalue (largest): the largest eigenvalue of Sigma_A; half_norm2 (largest): ||a||^2; half_mean:
+    mean over the other samples of (h - a)' Sigma_A (h - a). All rounded up.
     """
 
     rows: int
+    blocks: int
     norm2: float
     eigenvalue: float
     fourth: float
@@ -91,21 +105,49 @@ class GramSummary:
     half_norm2: float
     half_mean: float
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of one block."""
+        return self.rows // self.blocks
+
+    def joined(self, other: "GramSummary") -> "GramSummary":
+        """The summary of the blocks of both, which are of one size."""
+        if self.block_rows != other.block_rows:
+            raise ValueError(f"blocks must be of one size, got {self.block_rows} and {other.block_rows}")
+        blocks = self.blocks + other.blocks
+
+        def mean(name: str) -> float:
+            return (self.blocks * getattr(self, name) + other.blocks * getattr(other, name)) / blocks * _UP
+
+        return GramSummary(
+            rows=self.rows + other.rows,
+            blocks=blocks,
+            norm2=max(self.norm2, other.norm2),
+            eigenvalue=mean("eigenvalue"),
+            fourth=mean("fourth"),
+            half_eigenvalue=max(self.half_eigenvalue, other.half_eigenvalue),
+            half_norm2=max(self.half_norm2, other.half_norm2),
+            half_mean=mean("half_mean"),
+        )
+
     def to_array(self) -> np.ndarray:
-        """float64 ``[7]``, in the order of the fields."""
+        """float64 ``[8]``, in the order of the fields."""
         return np.array([getattr(self, field.name) for field in fields(self)], dtype=np.float64)
 
     @classmethod
     def from_array(cls, values: np.ndarray) -> "GramSummary":
         """The inverse of :meth:`to_array`; ValueError for values that no Gram matrix gives."""
         numbers = np.asarray(values, dtype=np.float64)
-        if numbers.shape != (7,) or not np.isfinite(numbers).all() or (numbers < 0).any() or numbers[0] % 1:
-            raise ValueError(f"values must be seven finite numbers >= 0, the first an integer, got {numbers}")
-        return cls(int(numbers[0]), *(float(number) for number in numbers[1:]))
+        if numbers.shape != (8,) or not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers[:2] % 1).any():
+            raise ValueError(f"values must be eight finite numbers >= 0, the first two integers, got {numbers}")
+        rows, blocks = int(numbers[0]), int(numbers[1])
+        if blocks < 1 or rows % blocks:
+            raise ValueError(f"rows must be divided among blocks of one size, got {rows} rows, {blocks} blocks")
+        return cls(rows, blocks, *(float(number) for number in numbers[2:]))
 
 
 def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
-    """The numbers of T7 from the Gram matrix int64 ``[m, m]``, m >= 4, of the levels of m samples."""
+    """The numbers of T7 from the Gram matrix int64 ``[m, m]``, m >= 4, of the levels of m samples: one block."""
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] < 4:
         raise ValueError(f"gram must have shape [m, m] with m >= 4, got {list(gram.shape)}")
     if gram.dtype != torch.int64:
@@ -115,20 +157,30 @@ def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
     inner = gram.to(torch.float64).div_(num_levels**2)
     to_half = inner[:, :half].mean(1)
     about_half = inner[:, :half] - to_half[:, None] - to_half[None, :half] + to_half[:half].mean()
-    to_mean = inner.mean(1)
-    norm2 = float(to_mean.mean())
-    # Rounding moves an entry by less than this, hence an eigenvalue by less than the size of the matrix times it.
-    entry_error = 16 * float(inner.diagonal().max()) * torch.finfo(torch.float64).eps
-    inner.sub_(to_mean[:, None]).sub_(to_mean[None, :]).add_(norm2)
+    entry_error = rounding_of(inner)
+    norm2 = float(inner.mean())
+    centred = centre(inner)
     return GramSummary(
         rows=rows,
+        blocks=1,
         norm2=norm2 * (1 + _OUTWARD),
-        eigenvalue=largest_eigenvalue(inner) / rows + entry_error,
-        fourth=largest_eigenvalue(inner.abs().add_(entry_error).square_()) / rows,
+        eigenvalue=largest_eigenvalue(centred) / rows + entry_error,
+        fourth=largest_eigenvalue(centred.abs().add_(entry_error).square_()) / rows,
         half_eigenvalue=largest_eigenvalue(about_half[:half]) / half + entry_error,
         half_norm2=float(to_half[:half].mean()) * (1 + _OUTWARD),
         half_mean=float((about_half[half:].abs() + entry_error).square().mean(1).mean()) * (1 + _OUTWARD),
     )
+
+
+def centre(inner: Tensor) -> Tensor:
+    """Inner products float64 ``[m, m]`` of the samples less their mean."""
+    to_mean = inner.mean(1)
+    return inner - to_mean[:, None] - to_mean[None, :] + to_mean.mean()
+
+
+def rounding_of(inner: Tensor) -> float:
+    """Rounding moves an entry of a centred matrix by less than this, hence an eigenvalue by less than m times it."""
+    return 16 * float(inner.diagonal().max()) * torch.finfo(torch.float64).eps
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:
@@ -208,20 +260,31 @@ def mean_bound(
 
 
 def spectral_bound(
-    eigenvalue: float, fourth: float, rows: int, sure: float, k_tau: int, delta: float, shift: float = 0.0
+    eigenvalue: float,
+    fourth: float,
+    rows: int,
+    sure: float,
+    k_tau: int,
+    delta: float,
+    shift: float = 0.0,
+    *,
+    blocks: int = 1,
+    fewest: int | None = None,
 ) -> float:
     """lambda_u >= lambda with probability >= 1 - delta (lemma 4).
 
-    eigenvalue, fourth: those of :class:`GramSummary`, from ``rows`` samples. sure: B^2. shift: how far, along any
-    direction, the centre of the samples may lie from their mean (invalid samples). Nine tenths of delta pay for the
-    variance along the fixed, unknown, top direction, one tenth for centring it.
+    eigenvalue, fourth: means over the ``rows`` samples in ``blocks``, each centred at the mean of its block, as in
+    :class:`GramSummary`. fewest: rows of the smallest block; default rows/blocks. sure: B^2. shift: how far, along any
+    direction, the centre of a block may lie from the mean of its samples (invalid samples). Nine tenths of delta pay
+    for the variance along the fixed, unknown, top direction, one tenth for centring it.
     """
+    fewest = rows // blocks if fewest is None else fewest
     log_inverse = math.log(1 / (0.9 * delta))
-    log_centre = math.log(2 / (0.1 * delta))
+    log_centre = math.log(2 * blocks / (0.1 * delta))
     remainder = (-math.log1p(-_BET) - _BET) * sure / k_tau
 
     def excluded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        centre = np.sqrt(2 * b * log_centre / rows) + math.sqrt(sure) * log_centre / (3 * rows)
+        centre = np.sqrt(2 * b * log_centre / fewest) + math.sqrt(sure) * log_centre / (3 * fewest)
         second = eigenvalue + centre**2
         fourth_root = fourth**0.25 + centre + shift
         allowed = log_inverse / rows + (_BET * second + remainder * fourth_root**4 / sure) / sure
@@ -233,7 +296,8 @@ def spectral_bound(
 
 def frobenius_bound(summary: GramSummary, spectral: float, sure: float, k_tau: int, delta: float) -> float:
     """F_u >= F with probability >= 1 - delta, where ``spectral`` >= lambda and ``sure`` = B^2 (lemma 5)."""
-    first = summary.rows // 2
+    half = summary.block_rows // 2
+    first = summary.blocks * half
     second = summary.rows - first
     log_inverse = math.log(1 / (0.4 * delta))
     sure_half = summary.half_eigenvalue * (k_tau + summary.half_norm2)
@@ -242,7 +306,7 @@ def frobenius_bound(summary: GramSummary, spectral: float, sure: float, k_tau: i
     )  # >= trace(Sigma Sigma_A)
 
     def observed(x: np.ndarray) -> np.ndarray:
-        centre = spectral * sure * x / first**3 + (x**2 + 2 * spectral**2 * x) / first**2
+        centre = spectral * sure * x / half**3 + (x**2 + 2 * spectral**2 * x) / half**2
         return crossed + np.sqrt(centre / (0.2 * delta))
 
     return math.sqrt(mean_bound(observed, spectral * sure, first, log_inverse, spectral * min(sure, k_tau)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from robattr_fast.certify.moments import SUMMARY_COLUMNS
+from robattr_fast.certify.moments import DIRECTIONS, SUMMARY_COLUMNS, summary_of
 from robattr_fast.certify.settings import PER_IMAGE, Settings
 from robattr_fast.reference._pack_levels import packed_row_bytes
 
@@ -15,6 +15,7 @@ DTYPES = {
     "invalid": torch.int32,
     "class_counts": torch.int32,
     "gram_summary": torch.float64,
+    "directions": torch.int8,
     "packed": torch.uint8,
 }
 
@@ -38,6 +39,7 @@ def check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
         "counts": (images, n, settings.levels),
         "sums": (images, n),
         "gram_summary": (images, SUMMARY_COLUMNS),
+        "directions": (images, DIRECTIONS, n),
     }
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
@@ -72,8 +74,31 @@ def check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
         rows = summary[:, 0]
         if not (summary.isfinite().all() and (summary >= 0).all() and (rows % 1 == 0).all()):
             raise ValueError("gram_summary must be finite and not negative, with a whole number of rows")
-        if (rows > samples).any() or (rows > settings.retain).any() or (summary[:, -1] > rows).any():
-            raise ValueError(f"gram_summary must come from at most retain={settings.retain} of the samples")
+        if (rows > samples).any() or (summary[:, -1] > rows).any() or (settings.retain == 0 and rows.any()):
+            raise ValueError(f"gram_summary must come from the samples, {settings.retain} of them at a time")
+        _check_deflation(summary, tensors.get("directions"), settings, samples)
+    elif "directions" in tensors:
+        raise ValueError("directions take the gram_summary that was made with them")
+
+
+def _check_deflation(
+    summary: torch.Tensor, directions: torch.Tensor | None, settings: Settings, samples: torch.Tensor
+) -> None:
+    squares = summary[:, -1 - DIRECTIONS : -1]
+    if (squares >= 1).any() or ((squares > 0).any(1) != (squares > 0).all(1)).any():
+        raise ValueError("gram_summary must have all squares of a deflation in (0, 1), or none")
+    if (squares > 0).any() and directions is None:
+        raise ValueError("gram_summary has a deflation, which takes its directions")
+    for image, row in enumerate(summary if directions is not None else ()):
+        assert directions is not None
+        if not row[0]:
+            continue
+        planned = int(samples[image]) if settings.planned_samples is None else settings.planned_samples[image]
+        known = summary_of(settings, planned).restored(row, directions[image])
+        if known.deflation is not None and not known.deflation.independent:
+            raise ValueError(f"directions of image {image} must be linearly independent")
+        if known.deflated is not None and (known.deflation is None or not known.follows_pilots):
+            raise ValueError(f"gram_summary of image {image} must be deflated from the samples after its pilots")
 
 
 def _check_packed(packed: torch.Tensor, summary: torch.Tensor | None, settings: Settings, images: int) -> None:

@@ -21,7 +21,7 @@ from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.merge import joined
-from robattr_fast.certify.settings import NONFINITE, Settings
+from robattr_fast.certify.settings import AUTOCAST, NONFINITE, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
@@ -200,6 +200,7 @@ def certify(
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
     memory_format: str | None = None,
+    autocast: torch.dtype | None = None,
     on_nonfinite: str = "raise",
     checkpoint: str | os.PathLike | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -224,14 +225,16 @@ def certify(
         slack: number m of bounds that may fail (T4); None: the best for each query with betting, else 0.
         second_moment: set .45 alpha aside for second moments (T7), which certify overlap at larger radii, distances and
             cosines. levels=None has none.
-        retain: samples of each image whose maps are kept (one bit per element at levels=1, else four) until there are
-            as many, for T7: 4 to 8192, taken from the first. Memory is constant in ``samples``.
+        retain: samples of each image whose maps are kept at a time (one bit per element at levels=1, else four), for
+            T7: 4 to 8192. All samples are used, in equal blocks of at most as many. Memory is constant in ``samples``.
         keep_samples: the certificate holds these maps themselves (`Certificate.packed`), so that anyone can compute the
             second moments again.
         stop: end an image's sampling early, once this is certified; takes bound="betting".
         batch_size: rows per forward pass, or "auto" for a short measured trial.
         memory_format: "contiguous" or "channels_last", in which the model gets its batches; None: by the same trial,
             contiguous where batch_size is a number. Models round differently in each: the certificate records it.
+        autocast: torch.bfloat16 or torch.float16, in which the model runs under torch.autocast, for float32 x; None:
+            without, also inside of a torch.autocast of the caller. It makes another model, and the map is that one's.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
             that also counts as 1 in every upper bound ("abstain").
         checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
@@ -269,10 +272,23 @@ def certify(
         raise ValueError(
             "keep_samples: got True without second moments, which alone need samples (second_moment, levels)"
         )
+    if autocast is not None and (x.dtype != torch.float32 or _model.dtype_name(autocast) not in AUTOCAST):
+        raise ValueError(
+            f"autocast: got {autocast} for x of {x.dtype}, takes torch.bfloat16 or torch.float16 for float32"
+        )
     classes_wanted = check_target(target, x)
     ids = check_image_ids(image_ids, x)
     private = _model.private_copy(model)
-    sampler = Sampler(private, x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids)
+    sampler = Sampler(
+        private,
+        x,
+        sigma=sigma,
+        target=classes_wanted,
+        explain=explain,
+        seed=seed,
+        image_ids=ids,
+        autocast=autocast,
+    )
     settings = Settings(
         sigma=sigma,
         shape=tuple(x.shape[2:] if channel_sum else x.shape[1:]),
@@ -293,6 +309,7 @@ def certify(
         retain=retain if second_moment else 0,
         on_nonfinite=on_nonfinite,
         batch_images=x.shape[0],
+        autocast=None if autocast is None else _model.dtype_name(autocast),
         model_fingerprint=_model.fingerprint(model),
         input_hashes=tuple(_model.input_hash(image) for image in x),
         **environment(x.device),
@@ -313,17 +330,18 @@ def certify(
             versions=joined(earlier.versions, settings.versions),
             backends=joined(earlier.backends, settings.backends),
         )
-    classes = sampler.prepare()
-    if resumed is None:
-        # Rows beyond the first look of every image would be padding.
-        useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
-        sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format, largest=useful)
-    else:
-        then = resumed.settings
-        sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
-    settings = dataclasses.replace(settings, folded=sampler.folded, memory_format=sampler.memory_format)
-    state = State(settings, x.shape[0], classes, x.device, keep_samples=keep_samples)
-    if resumed is not None and path is not None:
-        state.restore(path)
-    report = _print_progress if progress is True else progress or None
-    return _Run(sampler, state, first_sample, samples, stop, path, report).finish()
+    with torch.autocast(x.device.type, enabled=False):
+        classes = sampler.prepare()
+        if resumed is None:
+            # Rows beyond the first look of every image would be padding.
+            useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
+            sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format, largest=useful)
+        else:
+            then = resumed.settings
+            sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
+        settings = dataclasses.replace(settings, folded=sampler.folded, memory_format=sampler.memory_format)
+        state = State(settings, x.shape[0], classes, x.device, keep_samples=keep_samples)
+        if resumed is not None and path is not None:
+            state.restore(path)
+        report = _print_progress if progress is True else progress or None
+        return _Run(sampler, state, first_sample, samples, stop, path, report).finish()

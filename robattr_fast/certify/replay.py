@@ -31,6 +31,8 @@ FALSE_ALARM = 1e-3
 FLIPS = 0.01
 """In another environment a model rounds differently: every element may then differ in this share of the samples."""
 
+_MOMENTS_TOLERANCE = 1e-9  # relative: sums of float64 in another order
+
 _BATCH_SIZE = 32  # where none is recorded
 
 
@@ -67,8 +69,8 @@ def replay(
       certificate is found at fault with probability at most `FALSE_ALARM`; choose ``seed`` after it was handed over.
 
     A replay of N samples bounds how wrong counts can be, it does not prove them: a count that is off by a few per cent
-    in few elements stays undetected until N comes near q. Second moments come from the first samples; only a replay of
-    all repeats them.
+    in few elements stays undetected until N comes near q. Second moments come from all samples; only a replay of all
+    repeats them.
 
     In another environment (`Replay.differences`) rounding may turn single selections; then an element may differ in
     the share `FLIPS` of the replayed samples.
@@ -135,6 +137,7 @@ def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sam
         explain=settings.explain,
         seed=settings.seed,
         image_ids=torch.tensor(settings.image_ids),
+        autocast=None if settings.autocast is None else getattr(torch, settings.autocast),
     )
     state = State(settings, 1, sampler.prepare(), x.device)
     sampler.set_batch_size(settings.batch_size or _BATCH_SIZE, 1, settings.memory_format)
@@ -155,7 +158,7 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
         for name in ("counts", "sums", "invalid", "class_counts"):
             if (part := getattr(state, name)) is not None:
                 sums[name] = sums.get(name, 0) + part.cpu()
-        moments += [rows.summary() for rows in state.retained]
+        moments += [rows.summary().to_tensors() for rows in state.retained]
     allowed = 0 if exact else math.ceil(FLIPS * int(cert.samples[0]))
     faults = []
     for name, again in sums.items():
@@ -168,9 +171,19 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
             )
     # Merged certificates have none; elsewhere they move with the counts, by amounts that nothing here bounds.
     recorded = cert.gram_summary
-    if exact and recorded is not None and recorded.any() and not torch.allclose(moments[0], recorded[0], rtol=1e-9):
-        faults.append("gram_summary: the second moments are not those of the first samples")
+    if exact and recorded is not None and recorded.any() and not same_moments(moments[0], cert, 0):
+        faults.append("gram_summary: the second moments are not those of the samples")
     return faults
+
+
+def same_moments(again: tuple[torch.Tensor, torch.Tensor], cert: Certificate, image: int) -> bool:
+    """Whether ``gram_summary`` and ``directions`` made again are those of a certificate."""
+    summary, directions = again
+    assert cert.gram_summary is not None
+    recorded = torch.zeros_like(directions) if cert.directions is None else cert.directions[image]
+    return torch.equal(directions, recorded) and torch.allclose(
+        summary, cert.gram_summary[image], rtol=_MOMENTS_TOLERANCE, atol=0.0
+    )
 
 
 class _Drawn:

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from robattr_fast.certify.concentration import (
+    DEFLATED_SHARE,
     ERROR_SHARE,
     FROBENIUS_SHARE,
     SPECTRAL_SHARE,
     GramSummary,
+    block_rows,
     error_bound,
     frobenius_bound,
     look_schedule,
     mean_map,
+    rows_in_blocks,
     spectral_bound,
     trace_estimate,
 )
+from robattr_fast.certify.deflation import DeflatedSummary
 
 _EPS = float(np.finfo(np.float64).eps)
 _INWARD = 1 - 1e-9
@@ -35,7 +39,8 @@ class SecondMoments:
 
     sigma: of the noise, in units of x. norm: ||p^||. error: >= ||p^ - p|| (e_q). spectral: >= the largest eigenvalue
     of Sigma (lambda_u). frobenius: >= ||Sigma||_F (F_u). trace: the estimate of its trace. k_tau: the most elements of
-    a sample that are not zero. samples: the scheduled look q that these belong to.
+    a sample that are not zero. samples: the scheduled look q that these belong to. deflated: >= the largest eigenvalue
+    of W Sigma W, W that of the `Deflation`; None if there is none.
     """
 
     sigma: float
@@ -46,6 +51,7 @@ class SecondMoments:
     error: float
     spectral: float
     frobenius: float
+    deflated: float | None = None
 
     def smoothed_distance(self, radius: float) -> float:
         """Upper bound on ||p~ - p||: between the smoothed maps themselves."""
@@ -64,13 +70,28 @@ class SecondMoments:
         """Lower bound on the cosine of the smoothed maps at x and x~; 0 where nothing is proved."""
         return _cosine(self.smoothed_distance(radius), self.norm - self.error)
 
+    def deflated_distance(self, radius: float) -> float:
+        """Upper bound on ||W (p~ - p^)||; inf without a deflation."""
+        if self.deflated is None:
+            return math.inf
+        _check_radius(radius)
+        moved = self.error + _divergence(radius / self.sigma) * math.sqrt(self.deflated)
+        return min(moved, math.sqrt(self.norm**2 + self.k_tau))
+
     def radius(self, distance: float) -> float:
         """The largest radius whose :meth:`distance` stays below ``distance``; 0 if none does, inf if all do."""
+        return self._radius(distance, self.spectral)
+
+    def deflated_radius(self, distance: float) -> float:
+        """The same of :meth:`deflated_distance`."""
+        return 0.0 if self.deflated is None else self._radius(distance, self.deflated)
+
+    def _radius(self, distance: float, eigenvalue: float) -> float:
         if distance <= self.error:
             return 0.0
-        if distance > math.sqrt(self.norm**2 + self.k_tau) or self.spectral == 0:
+        if distance > math.sqrt(self.norm**2 + self.k_tau) or eigenvalue == 0:
             return math.inf
-        slope = (distance - self.error) / math.sqrt(self.spectral)
+        slope = (distance - self.error) / math.sqrt(eigenvalue)
         return self.sigma * math.sqrt(math.log1p(slope**2)) * _INWARD
 
 
@@ -86,14 +107,16 @@ def second_moments(
     alpha: float,
     invalid: int = 0,
     invalid_rows: int = 0,
+    deflated: DeflatedSummary | None = None,
 ) -> SecondMoments:
     """Evaluates T7 at one scheduled look.
 
     counts: int ``[n, L]``, levels 1..L met in the first ``samples`` samples, a look of ``look_schedule(planned)``.
-    summary: of the Gram matrix of the first min(retained, samples) samples. alpha: the moment part of the ledger; it
-    pays for all looks, radii and k. invalid, invalid_rows: how many of the ``samples``, and of the rows, were not
-    finite and stand for unknown maps of at most ``k_tau`` nonzero elements (``on_nonfinite="abstain"``); leave them 0
-    where a non-finite sample counts as the map 0.
+    summary: of the first `rows_in_blocks` samples, ``retained`` at a time. deflated: of those after the pilots. alpha:
+    the moment part of the ledger; it pays for all looks, radii and k. invalid, invalid_rows: how many of the
+    ``samples``, and of the rows, were not finite and stand for unknown maps of at most ``k_tau`` nonzero elements
+    (``on_nonfinite="abstain"``; a deflation is then left aside); leave them 0 where a non-finite sample counts as the
+    map 0.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
@@ -104,16 +127,19 @@ def second_moments(
     looks = look_schedule(planned)
     if samples not in looks:
         raise ValueError(f"samples must be a scheduled look, one of {sorted(looks)}, got {samples}")
-    rows = min(retained, samples)
-    if summary.rows != rows:
-        raise ValueError(f"summary must be that of the first {rows} samples, got one of {summary.rows}")
+    rows = rows_in_blocks(samples, planned, retained)
+    blocks = max(1, rows // block_rows(planned, retained))
+    if (summary.rows, summary.blocks) != (rows, blocks):
+        raise ValueError(
+            f"summary must be that of the first {rows} samples in {blocks} blocks, "
+            f"got {summary.rows} in {summary.blocks}"
+        )
     if not 0 <= invalid_rows <= invalid <= samples:
         raise ValueError(f"invalid_rows <= invalid <= samples must hold, got {invalid_rows}, {invalid}, {samples}")
 
-    row_share = look_schedule(min(retained, planned))[rows]
-    error_alpha = alpha * ERROR_SHARE * looks[samples]
-    spectral_alpha = alpha * SPECTRAL_SHARE * row_share
-    frobenius_alpha = alpha * FROBENIUS_SHARE * row_share
+    error_alpha, spectral_alpha, deflated_alpha, frobenius_alpha = (
+        alpha * share * looks[samples] for share in (ERROR_SHARE, SPECTRAL_SHARE, DEFLATED_SHARE, FROBENIUS_SHARE)
+    )
 
     norm = float(mean_map(counts, samples).square().sum().sqrt())
     # Centres p^ and p^_m: an unknown row adds at most its distance from them, squared.
@@ -121,13 +147,14 @@ def second_moments(
     unknown = invalid_rows / rows
     eigenvalue = summary.eigenvalue + unknown * (k_tau + summary.norm2)
     fourth = summary.fourth + unknown * (k_tau + summary.norm2) ** 2
-    shift = unknown * math.sqrt(k_tau)
+    # All of them may lie in one block, whose centre they then move.
+    shift = min(1.0, invalid_rows / summary.block_rows) * math.sqrt(k_tau)
     missing = invalid / samples * math.sqrt(k_tau)
 
     # B^2 = k_tau + ||p||^2, and ||p|| <= ||p^|| + error: each round starts from a bound that already holds.
     sure = 2.0 * k_tau
     for _ in range(20):
-        spectral = spectral_bound(eigenvalue, fourth, rows, sure, k_tau, spectral_alpha, shift)
+        spectral = spectral_bound(eigenvalue, fourth, rows, sure, k_tau, spectral_alpha, shift, blocks=summary.blocks)
         frobenius = math.sqrt(spectral * k_tau)
         if invalid == 0:
             frobenius = min(frobenius, frobenius_bound(summary, spectral, sure, k_tau, frobenius_alpha))
@@ -136,7 +163,13 @@ def second_moments(
         if tighter >= sure * _INWARD:
             break
         sure = tighter
-    return SecondMoments(sigma, samples, k_tau, norm, trace, error, spectral, frobenius)
+    shrunk = None
+    if deflated is not None and invalid == 0:
+        shrunk = min(spectral, spectral_bound(
+            deflated.eigenvalue, deflated.fourth, deflated.rows, sure, k_tau, deflated_alpha,
+            blocks=deflated.blocks, fewest=deflated.fewest,
+        ))  # fmt: skip
+    return SecondMoments(sigma, samples, k_tau, norm, trace, error, spectral, frobenius, shrunk)
 
 
 class TopKCost:

@@ -10,7 +10,21 @@ from robattr_fast.certify.ledger import AlphaLedger
 NONFINITE = ("raise", "zero", "abstain")
 """What a sample with NaN or infinite scores does: end the run; count as the map 0; or also as 1 in upper bounds."""
 
-SAME_MAP = ("sigma", "shape", "levels", "tau", "gamma", "channel_sum", "explain", "target", "model_fingerprint")
+AUTOCAST = ("bfloat16", "float16")
+"""Dtypes of torch.autocast."""
+
+SAME_MAP = (
+    "sigma",
+    "shape",
+    "levels",
+    "tau",
+    "gamma",
+    "channel_sum",
+    "explain",
+    "target",
+    "autocast",
+    "model_fingerprint",
+)
 """Fields that define the smoothed map."""
 
 PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
@@ -49,11 +63,12 @@ class Settings:
         bound: name of the bound of the marginals, see `bounds.BOUNDS`.
         slack: number m of wrong bounds that are paid for (T4); None: the best for each query with betting, else 0.
         second_moment: a part of alpha is set aside for second moments (T7).
-        retain: number m of samples whose packed levels are kept for second moments: the first of each image.
+        retain: the most samples of an image whose packed levels are kept at a time, for second moments.
         on_nonfinite: one of `NONFINITE`.
         merged: the union of several runs. What each had when it ended may have depended on what it saw, so a union is
             evaluated by betting, whatever its size.
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
+        autocast: name of the dtype in which the model ran under torch.autocast; None: without.
         model_fingerprint, input_hashes: of the model, and of each image.
         device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
             taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
@@ -84,6 +99,7 @@ class Settings:
     on_nonfinite: str = "raise"
     merged: bool = False
     exploration: Evaluation | None = None
+    autocast: str | None = None
     model_fingerprint: str | None = None
     input_hashes: tuple[str, ...] | None = None
     device: str | None = None
@@ -107,6 +123,8 @@ class Settings:
             raise ValueError(f"retain must not be negative, got {self.retain}")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {self.on_nonfinite!r}")
+        if self.autocast not in (None, *AUTOCAST):
+            raise ValueError(f"autocast must be None or one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
         for evaluation in (self.declared, self.evaluation):
             check_bound(evaluation.bound, self.levels)
             self._allot(evaluation)

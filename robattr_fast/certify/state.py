@@ -11,7 +11,8 @@ import torch
 from robattr_fast import model as _model
 from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.moments import grow_gram, no_summary, summary_row
+from robattr_fast.certify.concentration import block_rows, rows_in_blocks
+from robattr_fast.certify.moments import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
@@ -108,13 +109,14 @@ class State:
         assert tau is not None
         if self.counts is not None:
             counts, invalid = self.counts[image : image + 1], self.invalid.new_zeros(())
-            kept = min(len(scores), self.retained[image].missing) if self.retained else 0
-            if kept:
-                packed = self.retained[image].next_rows(kept)
-                invalid += count_sparsified_(counts, scores[None, :kept], tau, gamma, packed=packed[None])[0]
-                self.retained[image].written(kept, invalid)
-            if kept < len(scores):
-                invalid = invalid + count_sparsified_(counts, scores[None, kept:], tau, gamma)[0]
+            while len(scores):
+                kept = min(len(scores), self.retained[image].missing) if self.retained else 0
+                part = scores[: kept or len(scores)]
+                packed = self.retained[image].next_rows(kept)[None] if kept else None
+                found = count_sparsified_(counts, part[None], tau, gamma, packed=packed)[0]
+                if kept:
+                    self.retained[image].written(kept, found)
+                invalid, scores = invalid + found, scores[len(part) :]
             return invalid
         assert self.sums is not None
         h = sparsify(scores, tau, gamma, levels=None)
@@ -141,38 +143,43 @@ class State:
             samples=torch.tensor(done, dtype=torch.int64),
             invalid=copied(self.invalid),
             class_counts=copied(self.class_counts),
-            gram_summary=self._summaries(images) if moments and self.retained else None,
+            **(self._summaries(images) if moments and self.retained else {}),
             packed=self._packed(images) if moments and self.retained and self.keep_samples else None,
             settings=dataclasses.replace(settings, intervals=intervals, batch_size=batch_size),
         )
 
-    def _summaries(self, images: Sequence[int]) -> torch.Tensor:
-        return torch.stack([self.retained[image].summary() for image in images])
+    def _summaries(self, images: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows, directions = zip(*(self.retained[image].summary().to_tensors() for image in images), strict=True)
+        return {"gram_summary": torch.stack(rows), "directions": torch.stack(directions)}
 
     def _packed(self, images: Sequence[int]) -> torch.Tensor:
-        rows = [self.retained[image] for image in images]
+        kept = [self.retained[image].rows() for image in images]
         assert self.settings.levels is not None
         row_bytes = packed_row_bytes(self.settings.n, self.settings.levels)
-        packed = torch.zeros((len(rows), max(one.filled for one in rows), row_bytes), dtype=torch.uint8)
-        for image, one in enumerate(rows):
-            if one.packed is not None:
-                packed[image, : one.filled] = one.packed[: one.filled]
+        packed = torch.zeros((len(kept), max(map(len, kept)), row_bytes), dtype=torch.uint8)
+        for image, rows in enumerate(kept):
+            packed[image, : len(rows)] = rows
         return packed
 
     def save(self, path: str | os.PathLike, first_sample: int, batch_size: int, *, final: bool = False) -> None:
-        """Write the certificate so far and, where the retained rows are not complete yet, the rows.
+        """Write the certificate so far and the rows of the blocks that are not complete, or are kept.
 
-        Second moments of incomplete rows cost time: they are written at the end only.
+        Second moments of incomplete blocks cost time: they are written at the end only.
         """
         certificate = self.certificate(first_sample, batch_size, moments=False)
         tensors = dict(certificate.tensors)
         if self.retained:
-            complete = [rows.summary() if final or rows.complete else no_summary(1)[0] for rows in self.retained]
-            tensors["gram_summary"] = torch.stack(complete)
+            if final:
+                tensors |= self._summaries(range(len(self.retained)))
+            else:
+                tensors["gram_summary"] = no_summary(len(self.retained))
+            blocks = [rows.finished.to_tensors() for rows in self.retained]
+            tensors[f"{files.CHECKPOINT}gram_summary"] = torch.stack([row for row, _ in blocks])
+            tensors[f"{files.CHECKPOINT}directions"] = torch.stack([directions for _, directions in blocks])
             tensors[f"{files.CHECKPOINT}invalid"] = torch.tensor([int(rows.invalid) for rows in self.retained])
             for image, rows in enumerate(self.retained):
                 if rows.packed is not None:
-                    tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.packed[: rows.filled].cpu()
+                    tensors[f"{files.CHECKPOINT}rows.{image}"] = rows.rows().cpu()
         files.save(path, tensors, certificate.settings.to_json())
 
     def restore(self, path: str | os.PathLike) -> None:
@@ -187,79 +194,97 @@ class State:
             rows.restore(
                 self.done[image],
                 int(tensors[f"{files.CHECKPOINT}invalid"][image]),
-                tensors["gram_summary"][image],
+                tensors[f"{files.CHECKPOINT}gram_summary"][image],
+                tensors[f"{files.CHECKPOINT}directions"][image],
                 tensors.get(f"{files.CHECKPOINT}rows.{image}"),
             )
 
 
 class Retained:
-    """The packed levels of an image's first samples, until there are as many as planned; then their summary alone.
+    """The packed levels of one block of an image's samples; of the blocks before it, the summary alone.
 
-    ``keep``: then the rows too.
+    ``keep``: then the rows of all blocks too.
     """
 
     def __init__(self, settings: Settings, planned: int, device: torch.device, *, keep: bool) -> None:
         self.settings = settings
         self.keep = keep
         self.device = device
-        self.capacity = min(settings.retain, planned)
+        self.block = block_rows(planned, settings.retain)
+        self.total = rows_in_blocks(planned, planned, settings.retain) if self.block >= FEWEST_ROWS else 0
+        self.packed: torch.Tensor | None = None
+        self.finished = summary_of(settings, planned)
+        # Of the block that is not complete. Its Gram matrix is that of the rows at the last look; it is not saved.
         self.filled = 0
         self.invalid = torch.zeros((), dtype=torch.int32, device=device)
-        self.packed: torch.Tensor | None = None
-        self._summary: torch.Tensor | None = None
-        # Of the rows at the last look: int64 [m, m], at most (retain/2)^2 of them, since looks double. Not saved.
         self._gram: torch.Tensor | None = None
+        self._summary: Summary | None = None
 
     @property
     def missing(self) -> int:
-        """How many samples are still to be retained."""
-        return self.capacity - self.filled
+        """How many samples are still to be retained before the block is complete; 0 if all blocks are."""
+        return 0 if self.finished.rows == self.total else self.block - self.filled
 
     @property
-    def complete(self) -> bool:
-        return self.missing == 0
+    def _first(self) -> int:
+        """Where the block starts in ``packed``."""
+        return self.finished.rows if self.keep else 0
 
     def next_rows(self, count: int) -> torch.Tensor:
         """Where the packed levels of the next ``count`` samples go, uint8 [count, row_bytes]; then call `written`."""
         if self.packed is None:
             assert self.settings.levels is not None
             row_bytes = packed_row_bytes(self.settings.n, self.settings.levels)
-            self.packed = torch.empty((self.capacity, row_bytes), dtype=torch.uint8, device=self.device)
-        return self.packed[self.filled : self.filled + count]
+            self.packed = self._allocate(row_bytes)
+        return self.packed[self._first + self.filled : self._first + self.filled + count]
+
+    def _allocate(self, row_bytes: int) -> torch.Tensor:
+        return torch.empty((self.total if self.keep else self.block, row_bytes), dtype=torch.uint8, device=self.device)
 
     def written(self, count: int, invalid: torch.Tensor) -> None:
         """The next ``count`` rows are there, ``invalid`` (int32 []) of them of invalid samples."""
         self.filled += count
         self.invalid = self.invalid + invalid
         self._summary = None
-        if self.complete:
-            self.summary()
-            self._gram = None
-            if not self.keep:
+        if self.missing == 0:
+            self.finished = self.summary()
+            self.filled = 0
+            self.invalid = torch.zeros_like(self.invalid)
+            self._gram = self._summary = None
+            if not self.keep and self.missing == 0:
                 self.packed = None
 
-    def summary(self) -> torch.Tensor:
-        """``gram_summary`` float64 [8] of the rows so far."""
+    def rows(self) -> torch.Tensor:
+        """The packed rows that are there, uint8 [rows, row_bytes]."""
+        if self.packed is None:
+            return torch.empty((0, 0), dtype=torch.uint8)
+        return self.packed[: self._first + self.filled]
+
+    def summary(self) -> Summary:
+        """Of the complete blocks; of the first one also while it is not."""
+        if self.packed is None or not self.filled or (self.finished.rows and self.missing):
+            return self.finished
         if self._summary is None:
-            if self.packed is None:
-                return no_summary(1)[0]
             assert self.settings.levels is not None
-            self._gram = grow_gram(self._gram, self.packed[: self.filled].cpu(), self.settings.levels)
-            self._summary = summary_row(self._gram, self.settings.levels, int(self.invalid))
+            rows = self.rows()[self._first :].cpu()
+            self._gram = grow_gram(self._gram, rows, self.settings.levels)
+            self._summary = self.finished.with_block(rows, self._gram, int(self.invalid))
         return self._summary
 
-    def restore(self, done: int, invalid: int, summary: torch.Tensor, rows: torch.Tensor | None) -> None:
+    def restore(
+        self, done: int, invalid: int, summary: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor | None
+    ) -> None:
         """Go on from a checkpoint."""
-        self.filled = min(done, self.capacity)
+        self.finished = self.finished.restored(summary, directions)
+        self.filled = min(done, self.total) - self.finished.rows
         self.invalid.fill_(invalid)
-        if self.complete:
-            self._summary = summary
-        elif rows is None and self.filled:
+        held = self._first + self.filled
+        if self.filled and rows is None:
             raise ValueError("checkpoint: it lacks the rows of its samples")
-        if self.keep and self.filled and rows is None:
+        if self.keep and held and (rows is None or len(rows) != held):
             raise ValueError(
                 "checkpoint: it was written without keep_samples; takes a new path, or the arguments of that run"
             )
-        if rows is not None and (self.keep or not self.complete):
-            self.packed = torch.empty((self.capacity, rows.shape[1]), dtype=torch.uint8, device=self.device)
-            self.packed[: self.filled] = rows
+        if rows is not None and held:
+            self.packed = self._allocate(rows.shape[1])
+            self.packed[:held] = rows[-held:]

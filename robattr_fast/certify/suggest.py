@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,24 @@ from torch import nn
 from robattr_fast import model as _model
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.concentration import GramSummary, mean_map, trace_estimate
+from robattr_fast.certify.concentration import (
+    DEFLATED_SHARE,
+    LAST_LOOK_SHARE,
+    GramSummary,
+    block_rows,
+    centre,
+    mean_map,
+    spectral_bound,
+    summarize_gram,
+    trace_estimate,
+)
+from robattr_fast.certify.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
+from robattr_fast.certify.moments import no_summary
+from robattr_fast.certify.second_moment import SecondMoments, TopKCost
 from robattr_fast.certify.settings import NONFINITE, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.ops import _check
+from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.sampling import Sampler, Segment, check_image_ids, check_images, check_target
 
 _LAST_SAMPLE = 2**32
@@ -108,8 +123,9 @@ def suggest(
 ) -> Suggestion:
     """Which (tau, gamma, levels) is expected to certify the largest overlap, from one set of pilot samples.
 
-    The expectation is a heuristic, for choosing only: each candidate's counts and second moments are extrapolated from
-    ``pilot`` to ``samples`` samples and evaluated as a certificate is. The proof is untouched by the choice, for the
+    The deflation that `certify` makes is counted in; there are no other weights to choose. The expectation is a
+    heuristic, for choosing only: each candidate's counts and second moments are extrapolated from ``pilot`` to
+    ``samples`` samples and evaluated nearly as a certificate is. The proof is untouched by the choice, for the
     pilot samples are the last of the noise stream, [2^32 - pilot, 2^32), which `certify` with its default
     ``first_sample`` never reaches. A candidate is judged by the top-k of its own map.
 
@@ -174,17 +190,17 @@ def suggest(
     )
     classes = sampler.prepare()
     sampler.set_batch_size(batch_size, pilot * x.shape[0])
-    found: list[list[Certificate]] = [[] for _ in maps]
+    found: list[list[_Expected]] = [[] for _ in maps]
     for image in range(x.shape[0]):
-        for row, seen in zip(found, _pilot(sampler, image, wanted, pilot, classes), strict=True):
-            row.append(seen)
+        for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot, classes), strict=True):
+            row.append(_expected(seen, settings))
     candidates = sorted(
         (_judged(row, settings, k, radius) for row, settings in zip(found, wanted, strict=True)),
         key=lambda candidate: candidate.score,
         reverse=True,
     )
     best = candidates[0]
-    settings = {
+    told = {
         "sigma": sigma,
         "tau": best.tau,
         "gamma": best.gamma,
@@ -203,7 +219,7 @@ def suggest(
         "batch_size": batch_size,
         "on_nonfinite": on_nonfinite,
     }
-    return Suggestion(settings, best.score[0], k, radius, pilot, tuple(candidates))
+    return Suggestion(told, best.score[0], k, radius, pilot, tuple(candidates))
 
 
 def _combinations(
@@ -235,10 +251,11 @@ def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int,
     first_sample = _LAST_SAMPLE - pilot
     states = [
         State(
-            dataclasses.replace(settings, planned_samples=(pilot,), retain=min(settings.retain, pilot)),
+            dataclasses.replace(settings, planned_samples=(pilot,), retain=pilot if settings.second_moment else 0),
             1,
             classes,
             sampler.x.device,
+            keep_samples=settings.second_moment,
         )
         for settings in wanted
     ]
@@ -251,23 +268,49 @@ def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int,
     return [state.certificate(first_sample, sampler.batch_size) for state in states]
 
 
-def _judged(seen: Sequence[Certificate], settings: Settings, k: int, radius: float) -> Candidate:
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """What the planned run of one image is expected to find: its certificate, but for the deflation of T7."""
+
+    certificate: Certificate
+    deflated: DeflatedSummary | None
+
+    def judged(self, k: int, radius: float) -> tuple[float, str, float]:
+        """The share of the top-k at ``radius``, the method, and the radius at which half of the top-k stays.
+
+        A deflation is judged as if no map moved along its directions: they change few elements of the top-k.
+        """
+        found = self.certificate.overlap(k, radius)
+        share, method, half = float(found.share[0]), str(found.method[0]), float(self.certificate.radius(k, 0.5)[0])
+        proved = self.certificate.second_moments[0]
+        if proved is None or self.deflated is None:
+            return share, method, half
+        proved = dataclasses.replace(proved, deflated=self._eigenvalue(proved))
+        cost = TopKCost(self.certificate.map.flatten(), k)
+        kept = cost.overlap(proved.deflated_distance(radius)) / k
+        half = max(half, proved.deflated_radius(cost.distance(-(-k // 2))))
+        return (kept, "second-moment", half) if kept > share else (share, method, half)
+
+    def _eigenvalue(self, proved: SecondMoments) -> float:
+        assert self.deflated is not None
+        seen = self.deflated
+        delta = self.certificate.settings.ledger.moment * DEFLATED_SHARE * LAST_LOOK_SHARE
+        sure = proved.k_tau + min(proved.norm + proved.error, math.sqrt(proved.k_tau)) ** 2
+        found = spectral_bound(
+            seen.eigenvalue, seen.fourth, seen.rows, sure, proved.k_tau, delta, blocks=seen.blocks, fewest=seen.fewest
+        )
+        return min(found, proved.spectral)
+
+
+def _judged(planned: Sequence[_Expected], settings: Settings, k: int, radius: float) -> Candidate:
     """A candidate with what it is expected to certify for each image."""
-    planned = [_expected(certificate, settings) for certificate in seen]
-    overlaps = [certificate.overlap(k, radius) for certificate in planned]
+    overlaps, methods, radii = zip(*(image.judged(k, radius) for image in planned), strict=True)
     assert settings.tau is not None
     assert settings.levels is not None
-    return Candidate(
-        settings.tau,
-        settings.gamma,
-        settings.levels,
-        tuple(float(overlap.share[0]) for overlap in overlaps),
-        tuple(float(certificate.radius(k, 0.5)[0]) for certificate in planned),
-        tuple(str(overlap.method[0]) for overlap in overlaps),
-    )
+    return Candidate(settings.tau, settings.gamma, settings.levels, overlaps, radii, methods)
 
 
-def _expected(seen: Certificate, settings: Settings) -> Certificate:
+def _expected(seen: Certificate, settings: Settings) -> _Expected:
     """What the planned run of one image is expected to find, from its pilot samples."""
     assert seen.counts is not None
     assert settings.planned_samples is not None
@@ -275,22 +318,40 @@ def _expected(seen: Certificate, settings: Settings) -> Certificate:
     pilot = int(seen.samples[0])
     trace = trace_estimate(seen.counts[0], pilot)
     invalid = int(seen.invalid[0])
-    summary = None
-    if seen.gram_summary is not None:
-        rows = min(settings.retain, samples)
-        numbers = seen.gram_summary[0].numpy()
-        row = [
-            *_expected_summary(GramSummary.from_array(numbers[:-1]), trace, rows).to_array(),
-            invalid * rows // pilot,
-        ]
-        summary = torch.tensor([row], dtype=torch.float64)
-    return Certificate(
+    summary = deflated = None
+    if seen.packed is not None:
+        assert settings.levels is not None
+        block = block_rows(samples, settings.retain)
+        products = packed_gram(seen.packed[0], settings.levels)
+        gram = _expected_summary(summarize_gram(products, settings.levels), trace, block, samples // block)
+        summary = no_summary(1)
+        summary[0, : len(gram.to_array())] = torch.from_numpy(gram.to_array())
+        summary[0, -1] = invalid * gram.rows // pilot
+        if not (invalid and settings.on_nonfinite == "abstain"):
+            values = torch.linalg.eigvalsh(centre(products.double() / settings.levels**2) / pilot)
+            deflated = _expected_deflated(float(values[-1 - DIRECTIONS]), trace, pilot, block, samples)
+    certificate = Certificate(
         counts=_expected_counts(seen.counts[0], pilot, samples, trace)[None],
         samples=torch.tensor([samples]),
         invalid=torch.tensor([invalid * samples // pilot], dtype=torch.int32),
         gram_summary=summary,
         settings=settings,
     )
+    return _Expected(certificate, deflated)
+
+
+def _expected_deflated(next_value: float, trace: float, pilot: int, block: int, samples: int) -> DeflatedSummary | None:
+    """The `DeflatedSummary` of the planned run.
+
+    next_value: of the empirical covariance of ``pilot`` samples the largest eigenvalue below those of the directions.
+    Directions from P samples keep an error of variance trace/P each (as in `_expected_summary`).
+    """
+    pilots = pilot_rows(samples, block)
+    rows = samples // block * block - pilots
+    if min(pilots, block, rows) < 8:
+        return None
+    eigenvalue = max(next_value - trace / pilot, 0.0) + DIRECTIONS * trace / pilots + trace / block
+    return DeflatedSummary(rows, -(-rows // block), min(rows, block), eigenvalue, 3 * eigenvalue**2 + trace**2 / block)
 
 
 def _expected_counts(counts: torch.Tensor, pilot: int, samples: int, trace: float) -> torch.Tensor:
@@ -314,8 +375,8 @@ def _expected_counts(counts: torch.Tensor, pilot: int, samples: int, trace: floa
     return scaled - torch.nn.functional.pad(scaled[:, 1:], (0, 1))
 
 
-def _expected_summary(seen: GramSummary, trace: float, rows: int) -> GramSummary:
-    """The `GramSummary` of ``rows`` samples, from that of fewer (or more).
+def _expected_summary(seen: GramSummary, trace: float, block: int, blocks: int) -> GramSummary:
+    """The `GramSummary` of ``blocks`` blocks of ``block`` rows, from that of fewer rows (or more) in one block.
 
     The empirical covariance of m samples has a top eigenvalue of about lambda + (trace - lambda)/m where many small
     eigenvalues stand below it (Baik and Silverstein, Eigenvalues of large sample covariance matrices of spiked
@@ -323,7 +384,7 @@ def _expected_summary(seen: GramSummary, trace: float, rows: int) -> GramSummary
     squared Gram matrix over m has trace^2 on its diagonal (its spread is neglected: from few samples ``fourth`` comes
     out too large).
     """
-    half_seen, half = seen.rows // 2, rows // 2
+    half_seen, half = seen.rows // 2, block // 2
 
     def top(eigenvalue: float, before: int, after: int) -> float:
         # Of the pilot the bulk is subtracted, but never all: tr(Sigma^2)/tr(Sigma) <= lambda.
@@ -335,10 +396,11 @@ def _expected_summary(seen: GramSummary, trace: float, rows: int) -> GramSummary
         return max(value - excess / before, 0.0) + excess / after
 
     return GramSummary(
-        rows=rows,
-        norm2=moved(seen.norm2, trace, seen.rows, rows),
-        eigenvalue=top(seen.eigenvalue, seen.rows, rows),
-        fourth=moved(seen.fourth, trace**2, seen.rows, rows),
+        rows=blocks * block,
+        blocks=blocks,
+        norm2=moved(seen.norm2, trace, seen.rows, block),
+        eigenvalue=top(seen.eigenvalue, seen.rows, block),
+        fourth=moved(seen.fourth, trace**2, seen.rows, block),
         half_eigenvalue=top(seen.half_eigenvalue, half_seen, half),
         half_norm2=moved(seen.half_norm2, trace, half_seen, half),
         half_mean=seen.half_mean,

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from robattr_fast import images, models, tune_allocator
 from robattr_fast.certify import files
+from robattr_fast.certify.settings import AUTOCAST
 from robattr_fast.cli.errors import bad_input_exits, report
 from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.results import Results
@@ -49,7 +50,9 @@ def certify(
     slack: Annotated[
         int | None, typer.Option(help="Bounds that may fail; default: the best (betting), else 0.", show_default=False)
     ] = None,
-    retain: Annotated[int, typer.Option(help="Samples whose maps are kept for second moments, 4 to 8192.")] = 2048,
+    retain: Annotated[
+        int, typer.Option(help="Samples whose maps are kept at a time, for second moments, 4 to 8192.")
+    ] = 2048,
     second_moment: Annotated[
         bool, typer.Option("--second-moment/--no-second-moment", help="Certify by second moments too (part of alpha).")
     ] = True,
@@ -86,6 +89,10 @@ def certify(
         str | None,
         typer.Option(help="contiguous or channels_last; default: by the same trial.", show_default=False),
     ] = None,
+    autocast: Annotated[
+        str | None,
+        typer.Option(help="bfloat16 or float16: the model under torch.autocast; default: without.", show_default=False),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda if present.", show_default=False)
     ] = None,
@@ -107,6 +114,8 @@ def certify(
         radii = checked_radii(radius)
         settings |= {"radius": radii, "k": checked_share(k), "batch_size": _checked_batch_size(batch_size)}
         stop_rule(settings, n=2)
+        if autocast not in (None, *AUTOCAST):
+            raise ValueError(f"autocast: got {autocast!r}, takes {' or '.join(AUTOCAST)}")
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
         tune_allocator()  # elsewhere than on glibc there is nothing to tune

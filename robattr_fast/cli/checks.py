@@ -7,7 +7,8 @@ import math
 import torch
 
 from robattr_fast.certify import Certificate
-from robattr_fast.certify.moments import grow_gram, summary_row
+from robattr_fast.certify.moments import Summary
+from robattr_fast.certify.replay import same_moments
 from robattr_fast.cli.results import Row, label
 from robattr_fast.reference._pack_levels import unpack_levels
 from robattr_fast.reference._select import selected
@@ -40,8 +41,10 @@ def sample_faults(cert: Certificate) -> list[str]:
     faults = []
     for image, (packed, summary) in enumerate(zip(cert.packed, cert.gram_summary, strict=True)):
         rows, rest = packed[: int(summary[0])], packed[int(summary[0]) :]
-        again = summary_row(grow_gram(None, rows, levels), levels, int(summary[-1]))
-        if rest.any() or not torch.allclose(again, summary, rtol=_TOLERANCE, atol=0.0):
+        samples = int(cert.samples[image])
+        planned = samples if cert.settings.planned_samples is None else cert.settings.planned_samples[image]
+        again = Summary.of_rows(rows, planned, cert.settings.retain, levels, cert.settings.n, int(summary[-1]))
+        if rest.any() or not same_moments(again.to_tensors(), cert, image):
             faults.append(f"gram_summary: image {image} has other second moments than its packed samples")
         shown = _level_counts(rows, levels, cert.settings.n)
         claimed = cert.counts[image].long()

@@ -78,6 +78,7 @@ class Earlier:
             "gamma": gamma,
             "target": None if target is None else (target,),
             "planned_samples": (settings["samples"],),
+            "autocast": settings["autocast"],
             "image_ids": (images.image_id(x),),
             "input_hashes": (input_hash(x),),
             "model_fingerprint": fingerprint,

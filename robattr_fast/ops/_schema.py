@@ -11,7 +11,7 @@ from torch.library import Library
 # int64 seeds carry an unsigned 64-bit value in two's complement.
 _PUBLIC = (
     "noisy_samples(Tensor x, float sigma, SymInt num_samples, int seed, SymInt first_sample, Tensor? image_ids, "
-    "Tensor? sample_offset, ScalarType? dtype, bool channels_last) -> Tensor",
+    "Tensor? sample_offset, ScalarType? dtype, bool channels_last, bool fast=False) -> Tensor",
     "packed_gram(Tensor rows, int num_levels, Tensor? other, Tensor? mask) -> Tensor",
     "topk_threshold(Tensor scores, SymInt k) -> Tensor",
     "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",

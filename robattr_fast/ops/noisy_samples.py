@@ -22,6 +22,7 @@ def noisy_samples(
     sample_offset: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    fast: bool = False,
 ) -> torch.Tensor:
     """x + sigma * z for ``num_samples`` draws of Gaussian noise that depends only on (seed, image, sample, element).
 
@@ -36,10 +37,13 @@ def noisy_samples(
             captured graph can be replayed for other samples; nobody checks the sum then: it wraps at 2^32.
         dtype: of the result; default x.dtype.
         channels_last: each [num_samples, C, H, W] slice becomes channels-last contiguous; x must be [B, C, H, W].
+        fast: z may be nearly the stream's, where that is faster: the triton backend then takes the GPU's own logarithm,
+            square root, sine and cosine, the others give the stream itself. Nobody promises the bits, so what `certify`
+            and `smoothgrad` draw is never this.
 
     Returns:
-        [B, num_samples, *S]. The same bits from every backend, batch size and split of the samples. Differentiable in x
-        (to every order; the gradient is the sum over samples), not in sigma.
+        [B, num_samples, *S]. The same bits from every backend, batch size and split of the samples, unless fast.
+        Differentiable in x (to every order; the gradient is the sum over samples), not in sigma.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -68,6 +72,7 @@ def noisy_samples(
         sample_offset,
         dtype,
         channels_last,
+        fast,
     )
 
 
@@ -87,16 +92,17 @@ def fill(
     first_sample: int,
     image_ids: torch.Tensor,
     sample_offset: torch.Tensor | None = None,
+    fast: bool = False,
 ) -> None:
     """Write the noisy samples of x into ``out`` [B, num_samples, *S], whose strides are those of `_empty_result`.
 
     For loops that reuse one buffer and must not wait for the device: nothing is checked. ``seed`` in two's complement;
     image_ids int64 [B] in [0, 2^32), on x's device.
     """
-    backends.call("noisy_samples", x, out, sigma, seed, first_sample, image_ids, sample_offset)
+    backends.call("noisy_samples", x, out, sigma, seed, first_sample, image_ids, sample_offset, fast)
 
 
-def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last):
+def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last, fast=False):
     if image_ids is None:
         image_ids = torch.arange(x.shape[0], device=x.device)
     elif not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
@@ -112,6 +118,7 @@ def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dt
         first_sample=first_sample,
         image_ids=image_ids.to(x.device),
         sample_offset=sample_offset,
+        fast=fast,
     )
     return out
 
@@ -120,7 +127,7 @@ def _first(first_sample, sample_offset):
     return first_sample if sample_offset is None else first_sample + int(sample_offset)
 
 
-def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset):
+def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
     out.copy_(
         _reference(
             x,
@@ -134,15 +141,15 @@ def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset):
     )
 
 
-def _run_cpu(x, out, sigma, seed, first_sample, image_ids, sample_offset):
+def _run_cpu(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
     first = _first(first_sample, sample_offset)
     torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first, image_ids.contiguous())
 
 
-def _run_triton(x, out, sigma, seed, first_sample, image_ids, sample_offset):
+def _run_triton(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
     from robattr_fast.kernels.noisy_samples import noisy_samples as launch
 
-    launch(x, out, sigma, seed, first_sample, image_ids, sample_offset)
+    launch(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast)
 
 
 backends.register("noisy_samples", "triton", _run_triton, _extension.can_run_triton)
@@ -153,7 +160,7 @@ _schema.PUBLIC.impl("noisy_samples", _run, "CUDA")
 
 
 @torch.library.register_fake("robattr_fast::noisy_samples", lib=_schema.PUBLIC)
-def _fake(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last):
+def _fake(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last, fast=False):
     return _empty_result(x, num_samples, dtype, channels_last)
 
 
@@ -162,7 +169,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return grad.sum(dim=1).to(ctx.x_dtype), *[None] * 8
+    return grad.sum(dim=1).to(ctx.x_dtype), *[None] * 9
 
 
 torch.library.register_autograd(

@@ -98,14 +98,15 @@ class HostMachine:
     def __init__(self, program: Path, device: Device, clusters: int) -> None:
         self._device, self._clusters = device, clusters
         self.route: Route | None = None
+        self.ended = False  # the process has reported a fault and is gone
         self._process = subprocess.Popen(
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def close(self) -> None:
-        self._process.stdin.close()
-        errors = self._process.stderr.read().decode()
-        assert self._process.wait() == 0, errors
+    def close(self) -> str:
+        """End the process. Returns what it has to say, '' if nothing was wrong."""
+        _, errors = self._process.communicate()
+        return errors.decode() or (f"it ended with status {status}" if (status := self._process.returncode) else "")
 
     def _call(self, operation: int, scores: torch.Tensor, *numbers: int) -> bytes:
         images, samples, n = scores.shape
@@ -115,11 +116,13 @@ class HostMachine:
         device = (self._device.shared_per_block, self._device.shared_for_two, self._device.clusters, self._clusters)
         head = (operation, TYPES.index(scores.dtype), images, samples, n, *scores.stride(), 0, len(payload))
         process = self._process
-        with contextlib.suppress(BrokenPipeError):  # the process says why it ended
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(struct.pack("19q", *head, *numbers, *device) + payload)
             process.stdin.flush()
         size = process.stdout.read(8)
-        assert len(size) == 8, process.stderr.read().decode()
+        if len(size) != 8:
+            self.ended = True
+            raise AssertionError(self.close())
         reply = process.stdout.read(struct.unpack("q", size)[0])
         cluster, resident, staged, sampled = struct.unpack("4q", reply[:32])
         self.route = Route(cluster, bool(resident), bool(staged), sampled)

@@ -54,6 +54,12 @@ void read_while_adding() {
   out[rt::thread_index()] = values().load(0);
 }
 
+// Nor does an addition by the same thread make a plain write before it atomic.
+void add_to_what_is_being_written() {
+  if (rt::thread_index() == 0) values().store(0, 0);
+  values().atomic_add(0, 1);
+}
+
 void remote(bool cluster_barrier) {
   const int t = rt::thread_index();
   values().store(t, t + 100 * rt::cluster_rank());
@@ -68,12 +74,27 @@ void remote(bool cluster_barrier) {
   out[kThreads * rt::block_index() + t] = seen;
 }
 
+int32_t endless(int32_t depth) {
+  volatile char frame[256] = {};
+  return depth < 0 ? frame[0] : endless(depth + 1) + frame[1];
+}
+
 // A block that ends takes its shared memory along.
 void remote_after_the_end() {
   const int t = rt::thread_index();
   values().store(t, t);
   rt::cluster_sync();
-  if (rt::cluster_rank() == 1) out[t] = values().map_shared_rank(0).load(t);
+  if (rt::cluster_rank() == 0) return;
+  rt::sync_threads();  // gives the other block time to end
+  out[t] = values().map_shared_rank(0).load(t);
+}
+
+// The other way round: when threads run in ascending order, the reader happens to come first.
+void remote_that_may_end() {
+  const int t = rt::thread_index();
+  values().store(t, t);
+  rt::cluster_sync();
+  if (rt::cluster_rank() == 0) out[t] = values().map_shared_rank(1).load(t);
 }
 
 void within_warp(bool barrier) {
@@ -103,13 +124,16 @@ const std::map<std::string, void (*)()> kKernels = {
     {"missing-atomic", [] { count(false); }},
     {"missing-warp-barrier", [] { within_warp(false); }},
     {"missing-cluster-barrier", [] { remote(false); }},
+    {"add-to-what-is-being-written", [] { add_to_what_is_being_written(); }},
     {"read-while-adding", [] { read_while_adding(); }},
     {"remote-after-the-end", [] { remote_after_the_end(); }},
+    {"remote-that-may-end", [] { remote_that_may_end(); }},
     {"uninitialised", [] { out[rt::thread_index()] = values().load(rt::thread_index()); }},
     {"shared-out-of-bounds", [] { values().store(rt::thread_index() + 1, 0); }},
     {"shared-too-small", [] { rt::dynamic_shared<int32_t>(0, 2 * kThreads).store(2 * rt::thread_index() + 1, 0); }},
     {"global-out-of-bounds", [] { out[2 * kThreads + rt::thread_index()] = 0; }},
     {"misaligned", [] { out[0] = rt::load_streaming(reinterpret_cast<rt::Quad<int32_t>*>(out + 1)).value[0]; }},
+    {"endless-recursion", [] { out[0] = endless(rt::thread_index()); }},
     {"overflow", [] { out[rt::thread_index()] = INT32_MAX - 10 + rt::thread_index(); }},
     {"divergent-barrier",
      [] {

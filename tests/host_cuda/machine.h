@@ -2,7 +2,8 @@
 //
 // What it reports (to stderr, and the process ends with status 3):
 //  - two accesses to shared memory of which one writes, by threads that no barrier has ordered (4 bytes at a time);
-//  - shared memory that is read before it is written, or outside of its array, or after its block has ended;
+//  - shared memory that is read before it is written, or outside of its array, or after its block has ended, or with no
+//    cluster barrier that makes its block wait for the reader before it ends;
 //  - barriers, shuffles and ballots that not all threads of their scope reach, or reach at different places.
 // Everything else is left to AddressSanitizer and UndefinedBehaviorSanitizer.
 #pragma once
@@ -56,7 +57,7 @@ namespace robattr_fast::host {
 using Site = std::source_location;
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 64 * 1024, kGuard = 4096;
 constexpr int kNobody = -1, kMany = -2;
 
 // In which order threads run between two barriers, and clusters one after another.
@@ -152,8 +153,7 @@ class Machine {
     }
     for (const int member : group.members) {
       Fiber& other = fibers_[member];
-      if (other.wait != kind || other.site.line() != site.line() ||
-          std::strcmp(other.site.file_name(), site.file_name()) != 0) {
+      if (other.wait != kind || other.site.line() != site.line() || !same_file(other.site, site)) {
         char detail[512];
         std::snprintf(detail, sizeof detail, "thread %d of block %d is at %s:%u, thread %d of block %d at %s:%u",
                       self->thread, self->block, site.file_name(), site.line(), other.thread, other.block,
@@ -207,6 +207,11 @@ class Machine {
   }
 
  private:
+  // Names are compared only where their addresses differ: this is asked of every thread at every barrier.
+  static bool same_file(const Site& a, const Site& b) {
+    return a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0;
+  }
+
   std::vector<int> ordered(int count, Order order) {
     std::vector<int> indices(count);
     for (int i = 0; i < count; ++i) indices[i] = order == Order::kReverse ? count - 1 - i : i;
@@ -259,10 +264,22 @@ class Machine {
     }
   }
 
+  // The block of this thread ends, and its shared memory with it.
+  void check_end() const {
+    const Block& block = blocks[self->block];
+    for (size_t i = 0; i < block.shadow.size(); ++i) {
+      for (const Access& access : {block.shadow[i].read, block.shadow[i].write}) {
+        if (access.thread != kNobody && access.block != self->block && access.cluster_epoch >= cluster_epoch_)
+          race("its block ends while another accesses it", self->block, static_cast<int64_t>(i), access);
+      }
+    }
+  }
+
   char* stack(size_t i) {
     while (stacks_.size() <= i) {
       void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) report("launch", "no memory for stacks");
+      mprotect(memory, kGuard, PROT_NONE);  // a stack that overflows must not reach the next one
       stacks_.push_back(static_cast<char*>(memory));
     }
     return stacks_[i];
@@ -273,7 +290,7 @@ class Machine {
     __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_bottom_, &machine.scheduler_size_);
     machine.body_();
     machine.self->finished = true;
-    --machine.blocks[machine.self->block].running;
+    if (--machine.blocks[machine.self->block].running == 0) machine.check_end();
     void* ignored;
     __sanitizer_start_switch_fiber(nullptr, machine.scheduler_bottom_, machine.scheduler_size_);
     host_cuda_switch(&ignored, machine.scheduler_stack_);
@@ -335,6 +352,9 @@ class Machine {
 
   void note(Access& access, bool atomic) const {
     const bool joins = unordered(access);
+    // A thread's own plain write goes on to count until a barrier: an addition after it does not make it atomic.
+    const bool own = access.thread == id() && access.block_epoch == blocks[self->block].epoch;
+    if (own && !access.atomic) atomic = false;
     const bool same_block = access.block == self->block;
     access = {joins ? kMany : id(),      joins && !same_block ? kMany : self->block,
               blocks[self->block].epoch, cluster_epoch_,

@@ -1,0 +1,95 @@
+"""`certify(autocast=)`: the model alone runs in the lower precision, by nothing around the call."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import robattr_fast as rf
+from robattr_fast.certify.replay import replay
+from robattr_fast.cli.app import app
+
+X = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+RUN = {"sigma": 0.3, "samples": 64, "batch_size": 8, "retain": 32}
+
+
+class Witness(nn.Module):
+    """A small network that notes the dtype of its first layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 5)
+        self.seen = set()
+
+    def __deepcopy__(self, memo):  # the private copy reports to the same set
+        copy = Witness().requires_grad_(False).eval()
+        copy.load_state_dict(self.state_dict())
+        copy.seen = self.seen
+        return copy
+
+    def forward(self, x):
+        h = self.first(x.flatten(1))
+        self.seen.add(h.dtype)
+        return self.last(torch.tanh(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_model_runs_in_the_dtype_asked_for(dtype):
+    model = Witness().eval()
+    certificate = rf.certify(model, X, **RUN, autocast=dtype)
+    assert model.seen == {dtype}
+    assert certificate.settings.autocast == str(dtype).removeprefix("torch.")
+
+
+def test_autocast_around_the_call_changes_nothing():
+    model = Witness().eval()
+    plain = rf.certify(model, X, **RUN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = rf.certify(model, X, **RUN)
+    assert model.seen == {torch.float32}
+    assert torch.equal(inside.counts, plain.counts)
+    assert inside.settings == plain.settings
+
+
+def test_certificates_of_different_precision_are_of_different_maps(tmp_path):
+    model = Witness().eval()
+    half = rf.certify(model, X, **RUN, autocast=torch.bfloat16)
+    half.save(tmp_path / "half.safetensors")
+    half = rf.Certificate.load(tmp_path / "half.safetensors")
+    other = rf.certify(model, X, **RUN, first_sample=64)
+    with pytest.raises(rf.MergeError, match="autocast"):
+        half.merge(other)
+    assert replay(half, model, X[0]).faults == ()
+    half.save(tmp_path / "run.checkpoint")
+    with pytest.raises(ValueError, match=r"differs in.*autocast"):
+        rf.certify(model, X, **RUN, checkpoint=tmp_path / "run.checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype"), [(X, torch.float32), (X.double(), torch.bfloat16), (X.bfloat16(), torch.bfloat16)]
+)
+def test_other_dtypes_are_refused(x, dtype):
+    with pytest.raises(ValueError, match=r"autocast: got torch\.\w+ for x of torch\.\w+, takes"):
+        rf.certify(Witness().eval().to(x.dtype), x, **RUN, autocast=dtype)
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "witness.py").write_text("import torch\nfrom torch import nn\n\n\ndef make():\n"
+        "    torch.manual_seed(0)\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()\n")  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    np.save("x.npy", X[0].numpy())
+    arguments = ["certify", "x.npy", "--model", "witness:make", "--samples", "64", "--out", "out", "--autocast"]
+    done = CliRunner().invoke(app, [*arguments, "bfloat16"])
+    assert done.exit_code == 0, done.output
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert rf.Certificate.load(file).settings.autocast == "bfloat16"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["autocast"] == "bfloat16"
+    wrong = CliRunner().invoke(app, [*arguments, "int8"])
+    assert wrong.exit_code == 2
+    assert "autocast" in wrong.output
