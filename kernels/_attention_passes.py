@@ -14,6 +14,7 @@ from robattr_fast.kernels._attention_tiles import (
     load_total,
     load_values,
     load_weights,
+    paired,
     reciprocal,
     scalars_of,
     sees,
@@ -97,7 +98,7 @@ def scan_parts(
         tl.store(states, running, mask=i < size)
 
 
-@triton.jit(do_not_specialize=["positions", "heads", "parts", "blocks"])
+@triton.jit(do_not_specialize=["positions", "heads", "parts", "span", "blocks"])
 def apply_features(
     side,  # a Side
     other,  # the other Side
@@ -110,6 +111,7 @@ def apply_features(
     positions,
     heads,
     parts,
+    span,  # positions of a part where CAUSAL, a multiple of BLOCK
     blocks,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -118,7 +120,7 @@ def apply_features(
     CAUSAL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,  # causal: positions of a part
+    BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     FLOAT: tl.constexpr = states.dtype.element_ty
@@ -129,7 +131,9 @@ def apply_features(
     block = tl.program_id(0) % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
     present = exists(mask, head, heads, i, positions, ROWS)
-    part = block if CAUSAL else block * 0
+    part = block * 0
+    if CAUSAL:
+        part = block * BLOCK // span
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
     state_dot = state_of(states, head, part, parts, ORDERS - 1, ORDERS, D, DV)
     r = tl.zeros((BLOCK,), FLOAT)
@@ -158,8 +162,9 @@ def apply_features(
                 if ROWS and NORMALIZE:
                     d_dot += tl.sum(f_dot * total + f * load_total(state_dot, c, D, DV)[None, :], axis=1)
         if CAUSAL:
-            # Pairs within the block, some columns at a time.
-            for start in range(block * BLOCK, min(block * BLOCK + BLOCK, positions), K):
+            # Pairs within the part, some columns at a time.
+            first_j, end_j = paired(block * BLOCK, part * span, span, positions, ROWS, BLOCK)
+            for start in range(first_j, end_j, K):
                 j = start + tl.arange(0, K)
                 others = exists(mask, head, heads, j, positions, not ROWS)
                 pairs = tl.zeros((BLOCK, K), FLOAT)
@@ -212,7 +217,7 @@ def apply_features(
         tl.store(scalars_of(scalars, 3, head, positions) + i, e_dot, mask=present)
 
 
-@triton.jit(do_not_specialize=["positions", "heads", "parts", "blocks"])
+@triton.jit(do_not_specialize=["positions", "heads", "parts", "span", "blocks"])
 def apply_values(
     side,  # a Side
     other,  # the other Side
@@ -223,6 +228,7 @@ def apply_values(
     positions,
     heads,
     parts,
+    span,  # positions of a part where CAUSAL, a multiple of BLOCK
     blocks,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -240,7 +246,9 @@ def apply_values(
     i = block * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     present = exists(mask, head, heads, i, positions, ROWS)
-    part = block if CAUSAL else block * 0
+    part = block * 0
+    if CAUSAL:
+        part = block * BLOCK // span
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
     state_dot = state_of(states, head, part, parts, ORDERS - 1, ORDERS, D, DV)
     grad = tl.zeros((BLOCK, BLOCK_D), FLOAT)
@@ -259,8 +267,9 @@ def apply_values(
     if ORDER == 2:
         grad_dot += weight[:, None] * load_total(state_dot, c, D, DV)[None, :] + weight_dot[:, None] * total
     if CAUSAL:
-        # Pairs within the block, some columns at a time.
-        for start in range(block * BLOCK, min(block * BLOCK + BLOCK, positions), K):
+        # Pairs within the part, some columns at a time.
+        first_j, end_j = paired(block * BLOCK, part * span, span, positions, ROWS, BLOCK)
+        for start in range(first_j, end_j, K):
             j = start + tl.arange(0, K)
             others = exists(mask, head, heads, j, positions, not ROWS)
             along, along_dot = load_weights(scalars, head, j, others, positions, not ROWS, ORDER, FLOAT)

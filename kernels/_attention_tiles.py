@@ -182,3 +182,15 @@ def sees(i, j, ROWS: tl.constexpr):
     else:
         met = j[None, :] >= i[:, None]
     return met
+
+
+@triton.jit
+def paired(first, start, span, positions, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """First and end of the positions of the causal part from ``start`` on that meet the block from ``first`` on."""
+    if ROWS:
+        low = start
+        high = min(first + BLOCK, positions)
+    else:
+        low = first
+        high = min(start + span, positions)
+    return low, high

@@ -13,8 +13,8 @@ M' = sum f' y^T + f y'^T with m' = sum c f' + c' f. All that is wanted of one si
     M y + c m             grad a of rows, grad b of keys     M' y + M y' + c m' + c' m  (grad a). and (grad b).
 
 so four passes do: `sum_parts` sums the states of parts of a side, `scan_parts` adds the parts up, `apply_features` and
-`apply_values` multiply with them. Causal, a part is one block of positions, its state becomes that of all parts before
-it (rows look back at keys) or behind it (keys look ahead to rows), and pairs within a block are multiplied as such.
+`apply_values` multiply with them. Causal, the state of a part becomes that of all parts before it (rows look back at
+keys) or behind it (keys look ahead to rows), and pairs within a part are multiplied as such.
 Sums are formed in the same order whatever the device and the batch. Nothing of N x N exists.
 """
 
@@ -24,10 +24,12 @@ import triton
 from robattr_fast.kernels._attention_passes import apply_features, apply_values, scan_parts, sum_parts
 from robattr_fast.kernels._attention_tiles import Array, Side
 
-# Of positions and of columns; half as many in float64. Causal, a part is a block.
-_BLOCK = 64
-# Positions of a part where none is causal.
-_SPAN = 512
+# Of the left operand of a product, and of its result; half as many columns in float64. From 64 rows on Triton hands
+# float32 products to the tensor cores of sm_100, which round to tf32, whatever precision is asked for.
+_ROWS, _COLUMNS = 32, 64
+STAGES = (3, 3, 1)  # of the software pipeline, by the order of the derivative
+# Positions of a part: causal, pairs within it are multiplied as such.
+_SPAN, _CAUSAL_SPAN = 512, 64
 
 
 def _array(x: torch.Tensor) -> Array:
@@ -52,21 +54,21 @@ class _Problem:
     ) -> None:
         batch, self.heads, rows, width = q.shape
         keys, value_width = v.shape[2:]
+        self.width, self.value_width = width, value_width
         self.device, self.eps, self.batch_heads = q.device, eps, batch * self.heads
         self.positions = {True: rows, False: keys}  # by ROWS
         self.causal, self.normalize, self.order = causal, normalize, order
         wide = q.dtype == torch.float64
         self.dtype = torch.float64 if wide else torch.float32
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        largest = _BLOCK // 2 if wide else _BLOCK
+        columns = _COLUMNS // 2 if wide else _COLUMNS
         self.block, self.block_d, self.block_v = (
-            max(16, min(largest, triton.next_power_of_2(size))) for size in (max(rows, keys), width, value_width)
+            max(16, min(most, triton.next_power_of_2(size)))
+            for most, size in ((_ROWS, max(rows, keys)), (columns, width), (columns, value_width))
         )
-        self.tiles = triton.cdiv(width, self.block_d), triton.cdiv(value_width, self.block_v)
-        # A matrix of 64 x 64 keeps to the registers of 8 warps.
-        warps = 8 if max(self.block, self.block_d, self.block_v) == 64 else 4
-        self.options = {"D": width, "DV": value_width, "MAP": feature_map, "ORDER": order, "num_warps": warps}
-        self.span = self.block if causal else max(_SPAN, self.block)
+        # Loads ahead of the products of the second order would take more registers than there are.
+        self.options = {"D": width, "DV": value_width, "MAP": feature_map, "ORDER": order, "num_stages": STAGES[order]}
+        self.span = _CAUSAL_SPAN if causal else _SPAN
         self.size = (2 if order == 2 else 1) * width * (value_width + 1)
         self.scalars = self._empty(self.batch_heads, 4, rows) if order else self._empty(1)
         self.visible = self.scalars if normalize else self._visible(batch, rows, keys)
@@ -90,7 +92,9 @@ class _Problem:
         """The scanned state of a side, [B H, parts, ORDERS, D (DV + 1)]."""
         parts, positions = self.parts(of_rows), self.positions[of_rows]
         states = self._empty(self.batch_heads, parts, self.size)
-        sum_parts[(self.batch_heads * parts, *self.tiles)](
+        block_d = min(_ROWS, self.block_d)
+        tiles = triton.cdiv(self.width, block_d), triton.cdiv(self.value_width, self.block_v)
+        sum_parts[(self.batch_heads * parts, *tiles)](
             side,
             self.mask,
             self.scalars,
@@ -100,7 +104,7 @@ class _Problem:
             parts,
             self.span,
             ROWS=of_rows,
-            BLOCK_D=self.block_d,
+            BLOCK_D=block_d,
             BLOCK_V=self.block_v,
             **self.options,
         )
@@ -125,6 +129,7 @@ class _Problem:
             positions,
             self.heads,
             self.parts(not of_rows),
+            self.span,
             blocks,
             ROWS=of_rows,
             CAUSAL=self.causal,
@@ -137,7 +142,7 @@ class _Problem:
     def apply_values(self, side: Side, other: Side, states: torch.Tensor, out: torch.Tensor, of_rows: bool) -> None:
         positions = self.positions[of_rows]
         blocks = triton.cdiv(positions, self.block)
-        apply_values[(self.batch_heads * blocks, self.tiles[0])](
+        apply_values[(self.batch_heads * blocks, triton.cdiv(self.width, self.block_d))](
             side,
             other,
             self.mask,
@@ -147,6 +152,7 @@ class _Problem:
             positions,
             self.heads,
             self.parts(not of_rows),
+            self.span,
             blocks,
             ROWS=of_rows,
             CAUSAL=self.causal,

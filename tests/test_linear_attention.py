@@ -15,7 +15,7 @@ from robattr_fast.reference.linear_attention import FEATURE_MAPS, features
 __all__ = ["backend"]
 
 # The interpreter takes some 10 ms for every program of a kernel: few heads and few positions in blocks of 16, of which
-# there are as many as of 64 elsewhere.
+# there are as many as of 32 elsewhere.
 HEADS = 1 if INTERPRETED else 2
 NAMES = ("out", "grad_q", "grad_k", "grad_v", "of_grad", "of_q", "of_k", "of_v")
 
@@ -23,8 +23,8 @@ NAMES = ("out", "grad_q", "grad_k", "grad_v", "of_grad", "of_q", "of_k", "of_v")
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr("robattr_fast.kernels.linear_attention._BLOCK", 16)
-        monkeypatch.setattr("robattr_fast.kernels.linear_attention._SPAN", 32)
+        for name, size in {"_ROWS": 16, "_COLUMNS": 16, "_SPAN": 32, "_CAUSAL_SPAN": 32}.items():
+            monkeypatch.setattr(f"robattr_fast.kernels.linear_attention.{name}", size)
 
 
 def away_from_zero(*shape, dtype=torch.float64):
@@ -105,7 +105,7 @@ if INTERPRETED:
     ]
 
 
-@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS)
+@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS[:2] if INTERPRETED else SETTINGS)
 def test_twice_against_differences(backend, feature_map, causal, normalize, masked):
     (q, k, v), _, _ = arguments(HEADS, 1, 4, 4, 3, 2)
     if feature_map == "identity" and normalize:
@@ -135,10 +135,10 @@ SIZES = [
     (1025, 20, 33),
 ]
 if INTERPRETED:
-    SIZES = [(1, 1, 1), (16, 3, 17), (50, 18, 5)]
+    SIZES = [(1, 1, 1), (50, 18, 5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
@@ -167,7 +167,7 @@ def test_more_or_fewer_queries_than_keys(backend, queries, keys):
     check_accuracy(given, key_padding_mask=mask_of(2, keys), eps=0.1)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [True] if INTERPRETED else [False, True])
 def test_strides(backend, causal):
     n = 17 if INTERPRETED else 40
     tensors, grad, directions = arguments(2, 1 + HEADS, n, n, 8, 8)
@@ -301,7 +301,7 @@ def test_elu_does_not_cancel(backend, x, expected):
     assert rf.linear_attention(q, k, v, eps=0.0).flatten().tolist() == [expected] * 4
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "relu", "squared_relu"])
+@pytest.mark.parametrize("feature_map", ["elu"] if INTERPRETED else ["elu", "relu", "squared_relu"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_float16_sums_do_not_overflow(backend, feature_map, causal):
     n = 40 if INTERPRETED else 300
