@@ -16,23 +16,36 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from robattr_fast.kernels import (  # noqa: E402
+    _attention_passes,
     _select,
     betting_bounds,
     count_sparsified,
+    linear_attention,
     noisy_samples,
     packed_gram,
     soft_topk,
     sparsify,
 )
+from robattr_fast.kernels._attention_tiles import Array, Side  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 INTEGERS = ("n", "k_tau", "k_gamma", "passes", "span", "samples", "samples_per_program", "row_bytes", "m", "m2", "rows")
+INTEGERS += ("positions", "heads", "parts", "blocks", "size")
 
 
 def _cuobjdump(argument: str, path) -> str:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     assert shutil.which(tool), f"triton ships no cuobjdump at {tool}"
     return subprocess.run([tool, argument, path], capture_output=True, text=True, check=True).stdout
+
+
+def _aligned(kind, path):
+    """Places of pointers in an argument, and of all that is in a tuple: arrays have aligned rows."""
+    if isinstance(kind, tuple):
+        for index, part in enumerate(kind):
+            yield from _aligned(part, (*path, index))
+    elif kind.startswith("*") or len(path) > 1:
+        yield path
 
 
 class Compiled:
@@ -43,13 +56,14 @@ class Compiled:
         types = dict.fromkeys(INTEGERS, "i32") | {"row_stride": "i64"} | signature
         types |= dict.fromkeys(constants, "constexpr")
         # What the launcher sees at run time: allocations are aligned, and so are some sizes.
-        aligned = {name for name in names if types[name].startswith("*")} | set(aligned)
+        places = [(i,) for i, name in enumerate(names) if name in aligned]
+        places += [place for i, name in enumerate(names) for place in _aligned(types[name], (i,))]
         compiled = triton.compile(
             ASTSource(
                 fn=kernel,
                 signature={name: types[name] for name in names},
                 constexprs=constants,
-                attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+                attrs={place: [["tt.divisibility", 16]] for place in places},
             ),
             target=GPUTarget("cuda", architecture, 32),
             options={"num_warps": num_warps, **options},
@@ -244,3 +258,67 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     # exp looks at high words so, log starts the reciprocal of 1 + its mantissa so: neither loses anything.
     flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
     assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}
+
+
+def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
+    """A pass over heads of D = Dv = 64."""
+    array = Array(pointer, "i32", "i32", "i32")
+    side = Side(array, array, array, array)
+    compute = "*fp64" if pointer == "*fp64" else "*fp32"
+    constants = {"D": 64, "DV": 64, "MAP": "elu", "ROWS": rows, "CAUSAL": causal, "NORMALIZE": True, "ORDER": order}
+    columns = 32 if pointer == "*fp64" else 64
+    constants |= {"BLOCK": 32, "BLOCK_D": 32 if kernel is _attention_passes.sum_parts else columns, "BLOCK_V": columns}
+    types = dict.fromkeys(("scalars", "states", "visible"), compute) | {"side": side, "other": side, "out": array}
+    types |= {"mask": "*u8", "eps": "fp64"}
+    compiled = Compiled(
+        kernel,
+        types,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        architecture,
+        folder,
+        num_stages=linear_attention.STAGES[order],
+    )
+    assert "tf32" not in compiled.ptx, "products of float32 are rounded"
+    assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    return compiled
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernel", "order", "causal", "registers", "shared"),
+    [
+        ("sum_parts", 0, False, 96, 24576),
+        ("sum_parts", 2, False, 255, 41984),
+        ("apply_features", 0, False, 80, 20480),
+        ("apply_features", 2, False, 176, 40960),
+        ("apply_features", 2, True, 232, 40960),
+        ("apply_values", 2, False, 200, 32768),
+        ("apply_values", 2, True, 232, 32768),
+    ],
+)
+def test_linear_attention(architecture, kernel, order, causal, registers, shared, tmp_path):
+    passes = getattr(_attention_passes, kernel)
+    rows = kernel != "sum_parts" or order > 0
+    _attention_pass(passes, "*fp32", order, causal, rows, architecture, tmp_path).assert_within(registers, shared)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernel", "pointer", "registers", "shared"),
+    [
+        ("apply_values", "*bf16", 232, 40960),
+        ("sum_parts", "*fp64", 255, 41984),
+        ("apply_features", "*fp64", 255, 40960),
+        ("apply_values", "*fp64", 255, 32768),
+    ],
+)
+def test_linear_attention_of_other_dtypes(architecture, kernel, pointer, registers, shared, tmp_path):
+    passes = getattr(_attention_passes, kernel)
+    _attention_pass(passes, pointer, 2, True, False, architecture, tmp_path).assert_within(registers, shared)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_attention_scan(architecture, tmp_path):
+    constants = {"CAUSAL": True, "BACKWARD": True, "BLOCK": 256}
+    compiled = Compiled(_attention_passes.scan_parts, {"states": "*fp32"}, constants, architecture, tmp_path)
+    compiled.assert_within(registers=40, shared=0)

@@ -199,11 +199,35 @@ def _run_cpu_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, 
     )
 
 
-for _name, _reference_call, _cpu_call in (
-    ("linear_attention", _run_reference, _run_cpu),
-    ("linear_attention_backward", _run_reference_backward, _run_cpu_backward),
-    ("linear_attention_double_backward", _run_reference_double_backward, _run_cpu_double_backward),
+def _run_triton(q, out, k, v, *settings):
+    from robattr_fast.kernels import linear_attention as kernels
+
+    kernels.linear_attention(out, q, k, v, *settings)
+
+
+def _run_triton_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
+    from robattr_fast.kernels import linear_attention as kernels
+
+    kernels.linear_attention_backward(grad_q, grad_k, grad_v, grad, q, k, v, *settings)
+
+
+def _run_triton_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
+    from robattr_fast.kernels import linear_attention as kernels
+
+    kernels.linear_attention_double_backward(of_grad, of_q, of_k, of_v, u_q, u_k, u_v, grad, q, k, v, *settings)
+
+
+for _name, _triton_call, _reference_call, _cpu_call in (
+    ("linear_attention", _run_triton, _run_reference, _run_cpu),
+    ("linear_attention_backward", _run_triton_backward, _run_reference_backward, _run_cpu_backward),
+    (
+        "linear_attention_double_backward",
+        _run_triton_double_backward,
+        _run_reference_double_backward,
+        _run_cpu_double_backward,
+    ),
 ):
+    backends.register(_name, "triton", _triton_call, _extension.can_run_triton)
     backends.register(_name, "reference", _reference_call, _extension.can_run_anywhere)
     backends.register(_name, "cpu", _cpu_call, _extension.can_run_cpu)
 for _name, _call in (
