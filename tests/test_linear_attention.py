@@ -149,11 +149,15 @@ def test_sizes(backend, n, width, value_width, causal, dtype):
     check_accuracy(given, causal=causal, normalize=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS)
+CASES = [(*setting, dtype) for setting in SETTINGS for dtype in DTYPES]
+if INTERPRETED:
+    CASES = [(*setting, dtype) for setting, dtype in zip(SETTINGS, DTYPES, strict=True)]
+
+
+@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked", "dtype"), CASES)
 def test_settings(backend, feature_map, causal, normalize, masked, dtype):
-    n = 20 if INTERPRETED else 70
-    tensors, grad, directions = arguments(2, HEADS, n, n, 24, 20, dtype)
+    n, width, value_width = (20, 8, 8) if INTERPRETED else (70, 24, 20)
+    tensors, grad, directions = arguments(2, HEADS, n, n, width, value_width, dtype)
     if feature_map == "identity" and normalize:
         tensors = [tensors[0].abs(), tensors[1].abs(), tensors[2]]
     mask = mask_of(2, n) if masked else None
@@ -161,7 +165,9 @@ def test_settings(backend, feature_map, causal, normalize, masked, dtype):
     check_accuracy((tensors, grad, directions), **settings, eps=0.1)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 100), (100, 1)] + [(33, 70), (1030, 5)] * (not INTERPRETED))
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 40), (40, 1)] if INTERPRETED else [(1, 100), (100, 1), (33, 70), (1030, 5)]
+)
 def test_more_or_fewer_queries_than_keys(backend, queries, keys):
     given = arguments(2, HEADS, queries, keys, 12, 20, torch.float32)
     check_accuracy(given, key_padding_mask=mask_of(2, keys), eps=0.1)
@@ -169,9 +175,9 @@ def test_more_or_fewer_queries_than_keys(backend, queries, keys):
 
 @pytest.mark.parametrize("causal", [True] if INTERPRETED else [False, True])
 def test_strides(backend, causal):
-    n = 17 if INTERPRETED else 40
-    tensors, grad, directions = arguments(2, 1 + HEADS, n, n, 8, 8)
-    settings = {"causal": causal, "key_padding_mask": mask_of(4, n)[::2]}
+    n, batch = (17, 1) if INTERPRETED else (40, 2)
+    tensors, grad, directions = arguments(batch, 1 + HEADS, n, n, 8, 8)
+    settings = {"causal": causal, "key_padding_mask": mask_of(4, n)[: 2 * batch : 2]}
     expected = everything(lambda *x: rf.linear_attention(*x, **settings), tensors, grad, directions)
 
     def positions_first(x):
@@ -225,7 +231,7 @@ def test_higher_derivatives(backend):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("eps", [0.0] if INTERPRETED else [0.0, 1e-6])
-@pytest.mark.parametrize("feature_map", ["elu", "relu"] if INTERPRETED else ["elu", "relu", "squared_relu"])
+@pytest.mark.parametrize("feature_map", ["relu"] if INTERPRETED else ["elu", "relu", "squared_relu"])
 def test_rows_that_see_nothing_are_zero(backend, feature_map, eps, causal):
     n = 20 if INTERPRETED else 40
     tensors, grad, directions = arguments(3, HEADS, n, n, 8, 8, torch.float32)
@@ -246,16 +252,16 @@ def test_rows_that_see_nothing_are_zero(backend, feature_map, eps, causal):
         assert not found["out"][2].any()
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [False] if INTERPRETED else [True, False])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_has_no_influence(backend, causal, normalize):
     n, batch = (20, 1) if INTERPRETED else (50, 2)
     tensors, grad, directions = arguments(batch, HEADS, n, n, 8, 8)
     settings = {"causal": causal, "normalize": normalize}
-    mask = (torch.arange(n + 30) < n).expand(batch, n + 30)
+    mask = (torch.arange(n + 12) < n).expand(batch, n + 12)
 
     def pad(x, value):
-        return torch.cat([x, torch.full((batch, HEADS, 30, 8), value, dtype=x.dtype)], 2)
+        return torch.cat([x, torch.full((batch, HEADS, 12, 8), value, dtype=x.dtype)], 2)
 
     short = everything(lambda *x: rf.linear_attention(*x, **settings), tensors, grad, directions)
     padded = [pad(tensors[0], 1.0), pad(tensors[1], torch.nan), pad(tensors[2], torch.inf)]

@@ -287,13 +287,13 @@ def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
 @pytest.mark.parametrize(
     ("kernel", "order", "causal", "registers", "shared"),
     [
-        ("sum_parts", 0, False, 96, 24576),
-        ("sum_parts", 2, False, 255, 41984),
-        ("apply_features", 0, False, 80, 20480),
-        ("apply_features", 2, False, 176, 40960),
-        ("apply_features", 2, True, 232, 40960),
-        ("apply_values", 2, False, 200, 32768),
-        ("apply_values", 2, True, 232, 32768),
+        ("sum_parts", 0, False, 80, 14336),
+        ("sum_parts", 2, False, 216, 12288),
+        ("apply_features", 0, False, 80, 14336),
+        ("apply_features", 2, False, 240, 10240),
+        ("apply_features", 2, True, 240, 10240),
+        ("apply_values", 2, False, 208, 8192),
+        ("apply_values", 2, True, 248, 10240),
     ],
 )
 def test_linear_attention(architecture, kernel, order, causal, registers, shared, tmp_path):
