@@ -23,10 +23,11 @@ def _store(x_row, out_row, e, z, n, plane, channels, sigma, CHANNELS_LAST: tl.co
     if CHANNELS_LAST:
         e = (e % plane) * channels + e // plane
     if out_row.dtype.element_ty == tl.bfloat16:
-        # Round to nearest even by hand, three instructions: the interpreter's conversion truncates.
+        # Round to nearest even by hand, five instructions: the interpreter's conversion truncates.
         bits = value.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        tl.store(out_row + e, rounded, mask=inside)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, 0x7FC0)  # of a NaN the addition may overflow
+        tl.store(out_row + e, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
     else:
         tl.store(out_row + e, value.to(out_row.dtype.element_ty), mask=inside)
 

@@ -158,6 +158,17 @@ def test_value_is_x_plus_sigma_z(backend, dtype):
     assert_same_bits(rf.noisy_samples(x, 0.1, 1, seed=3)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(backend, dtype):
+    """Every NaN, also the one of which all other bits are set: rounded as an integer it would be a zero."""
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    x = torch.cat([nans, torch.tensor([torch.inf, -torch.inf, 1.0])])[None]
+    z = rf.noisy_samples(x, 0.5, 3, dtype=dtype)[0]
+    assert bool(z[:, :4].isnan().all())
+    assert bool((z[:, 4:6] == torch.tensor([torch.inf, -torch.inf])).all())
+    assert bool(z[:, 6].isfinite().all())
+
+
 def test_opcheck():
     op = torch.ops.robattr_fast.noisy_samples.default
     x = torch.randn(2, 3, 4, 5)
