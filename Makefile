@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -type f)
 WORKERS ?= $(shell nproc)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-interpret test-host-cuda bench docs lint clean
+.PHONY: install demo test test-interpret test-host-cuda bench gpu-check docs lint clean
 
 install: .venv/installed
 
@@ -41,6 +41,10 @@ test-host-cuda: install
 # Adds to benchmarks/records/; close everything else that runs. ARGS='--quick', '--only P2', '--base HEAD~1'.
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# On a machine with a GPU, by the Python that has its torch; nothing is installed. ARGS='correct', '--wheel dist/X.whl'.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # Tables and plot of the documents, from the records.
 docs: install

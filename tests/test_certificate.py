@@ -10,6 +10,7 @@ import torch
 from robattr_fast.certify.bounds import marginal_bounds
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.ledger import AlphaLedger
+from robattr_fast.certify.second_moment import TopKCost
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import MergeError
 
@@ -26,6 +27,9 @@ def level_samples(images: int = 3, samples: int = 600, levels: int = 1, seed: in
 def certificate(levels: int = 1, **options) -> Certificate:
     options = {"second_moment": False, "slack": 0} | options
     return Certificate.from_samples(level_samples(levels=levels), num_levels=levels, sigma=0.5, shape=SHAPE, **options)
+
+
+MOMENTS = certificate(second_moment=True, retain=200)
 
 
 def shard(first: int, end: int, **changes) -> Certificate:
@@ -416,3 +420,60 @@ def test_each_image_is_evaluated_by_its_own_bound():
     for image in (0, 1):
         assert torch.equal(cert.lower[image], cert[image].lower[0])
         assert cert[image].evaluated_bound == ("kl", "betting")[image]
+
+
+def dependent(held):
+    held["directions"][0, 1] = held["directions"][0, 0]
+
+
+def without_directions(held):
+    del held["directions"]
+
+
+def from_the_pilots(held):
+    held["gram_summary"][0, 8] += 150  # as many rows as there are, pilots and all
+
+
+def one_square(held):
+    held["gram_summary"][0, -2] = 0.0
+
+
+def no_shrinking(held):
+    held["gram_summary"][0, -2] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dependent, "directions of image 0 must be linearly independent"),
+        (without_directions, "which takes its directions"),
+        (from_the_pilots, "must be deflated from the samples after its pilots"),
+        (one_square, "all squares of a deflation"),
+        (no_shrinking, "all squares of a deflation"),
+    ],
+)
+def test_a_deflation_that_no_samples_give_is_refused(change, message):
+    held = {name: tensor.clone() for name, tensor in MOMENTS.tensors.items()}
+    Certificate(**held, settings=MOMENTS.settings)
+    change(held)
+    with pytest.raises(ValueError, match=message):
+        Certificate(**held, settings=MOMENTS.settings)
+
+
+def test_deflation_certifies_what_one_ball_does_not():
+    """Maps that mostly turn all elements up or down together: a direction that moves the map but not its order."""
+    rng = np.random.default_rng(0)
+    together = rng.random((1, 2000, 1)) < 0.3
+    alone = np.where(np.arange(N) < 10, 0.9, 0.02)
+    levels = torch.from_numpy((rng.random((1, 2000, N)) < alone) | together).to(torch.uint8)
+    cert = Certificate.from_samples(levels, num_levels=1, sigma=0.5, slack=None, retain=500)
+    (proved,) = cert.second_moments
+    assert proved.deflated < proved.spectral / 3
+    radii = [0.05, 0.1, 0.2]
+    ball = [TopKCost(cert.map.flatten(), 10).overlap(proved.distance(radius)) / 10 for radius in radii]
+    shares = cert.overlap(10, radii, "second-moment").share[:, 0].tolist()
+    assert all(share >= least for share, least in zip(shares, ball, strict=True))
+    assert sum(shares) > sum(ball) + 0.2
+    for share, radius in zip(shares, radii, strict=True):
+        if share:
+            assert float(cert.radius(10, share, "second-moment")[0]) >= radius

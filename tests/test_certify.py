@@ -412,8 +412,8 @@ def test_second_moments_come_from_equal_blocks(levels, gamma, retain, block, blo
         assert certificate.gram_summary[image, : len(expected)].tolist() == expected.tolist()
         assert certificate.gram_summary[image, :2].tolist() == [block * blocks, blocks]
         assert certificate.gram_summary[image, -1] == 0
-        # Ten samples choose the directions. What is left of their block is used where it is four samples at least.
-        rest = block - 10 if block >= 14 else 0
+        # A quarter of all samples, or the first of three blocks, chooses the directions.
+        rest = block - 10 if blocks < 3 else 0
         assert certificate.gram_summary[image, len(expected)] == rest + block * (blocks - 1)
     assert (certificate.distance(0.01) > 0).all()
 
@@ -518,6 +518,7 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     monkeypatch.setattr(engine._Run, "_save", original)
     resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.gram_summary, whole.gram_summary)
+    assert torch.equal(resumed.directions, whole.directions)
     assert torch.equal(resumed.counts, whole.counts)
     assert torch.equal(resumed.packed, whole.packed) if keep else resumed.packed is None
 

@@ -40,42 +40,64 @@ def _pooled() -> nn.Module:
         return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(588, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
 
 
-_MADE = {"small-cnn": (_small_cnn, (1, 28, 28)), "pooled": (_pooled, (3, 224, 224))}
+def _resnet50() -> nn.Module:
+    """For 224x224 images of three channels; of torchvision, weights by a fixed seed."""
+    from torchvision.models import resnet50
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return resnet50().eval()
+
+
+_MADE = {
+    "resnet50": (_resnet50, (3, 224, 224)),
+    "small-cnn": (_small_cnn, (1, 28, 28)),
+    "pooled": (_pooled, (3, 224, 224)),
+}
 
 
 def model_and_image(spec: Spec) -> tuple[nn.Module, torch.Tensor]:
     """Of a job: ``model`` is a name of _MADE, with a random image, or of `models.load`, with the photograph ``image``.
 
-    Image: [1, C, H, W].
+    Image: [1, C, H, W]. Both of ``dtype`` (float32) and on ``device`` (a CPU).
     """
+    device, dtype = torch.device(spec.get("device", "cpu")), getattr(torch, spec.get("dtype", "float32"))
     if spec["model"] in _MADE:
         make, shape = _MADE[spec["model"]]
-        return make(), torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
+        x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
+        return make().to(device, dtype), x.to(device, dtype)
     from robattr_fast import images, models
 
     loaded = models.load(spec["model"])
-    return loaded.module, images.read(images.find([spec["image"]])[0].path, loaded.preprocess)[None]
+    x = images.read(images.find([spec["image"]])[0].path, loaded.preprocess)[None]
+    return loaded.module.to(device, dtype), x.to(device, dtype)
+
+
+def _wait(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
 def published_batch(model: nn.Module, x: torch.Tensor, rows: int, k_tau: int, sums: torch.Tensor) -> None:
     """One batch as the published code takes it: randn and add, autograd.grad, topk, where and sum."""
-    z = (x + torch.randn(rows, *x.shape[1:]) * SIGMA).requires_grad_()
+    z = (x + torch.randn(rows, *x.shape[1:], device=x.device) * SIGMA).requires_grad_()
     logits = model(z)
     (gradient,) = torch.autograd.grad(logits.max(dim=1).values.sum(), z)
     scores = gradient.abs().flatten(1)
     threshold = scores.topk(k_tau).values[:, -1:]
-    sums += torch.where(scores >= threshold, torch.ones(()), torch.zeros(())).sum(0)
+    sums += torch.where(scores >= threshold, 1.0, 0.0).sum(0)
 
 
 def _published(spec: Spec) -> Side:
     """The published loop, eager. spec: model, image, samples per round, batch sizes of which the fastest is taken."""
     model, x = model_and_image(spec)
     n = x.numel()
-    k_tau, sums = int(TAU * n), torch.zeros(n)
+    k_tau, sums = int(TAU * n), torch.zeros(n, device=x.device)
 
     def rate(rows: int) -> float:
         start = time.perf_counter()
         published_batch(model, x, rows, k_tau, sums)
+        _wait(x)
         return (time.perf_counter() - start) / rows
 
     for rows in spec["batch_sizes"]:
@@ -87,6 +109,7 @@ def _published(spec: Spec) -> Side:
         start = time.perf_counter()
         for _ in range(batches):
             published_batch(model, x, best, k_tau, sums)
+        _wait(x)
         return {"seconds": time.perf_counter() - start, "units": batches * best, "batch_size": best}
 
     return round
@@ -109,6 +132,7 @@ def _captum(spec: Spec) -> Side:
     def round() -> dict[str, Any]:
         start = time.perf_counter()
         attribute(spec["samples"])
+        _wait(x)
         return {"seconds": time.perf_counter() - start, "units": spec["samples"]}
 
     return round
@@ -260,7 +284,7 @@ def _gate_job(spec: Spec) -> str:
     k_tau = int(TAU * n + 1e-9)
     kept = torch.zeros_like(scores).scatter_(1, order.indices[:, :k_tau], 1.0)
     tied = scores.gather(1, order.indices[:, k_tau - 1, None]) == scores.gather(1, order.indices[:, k_tau, None])
-    theirs = kept.where((scores > 0) & ~tied, torch.zeros(())).sum(0).int()
+    theirs = torch.where((scores > 0) & ~tied, kept, 0.0).sum(0).int().cpu()
     untied = int((~tied).sum())
     if untied < samples:
         return f"certify: {samples - untied} of {samples} rows of this model tie at the threshold: choose another"
@@ -269,7 +293,7 @@ def _gate_job(spec: Spec) -> str:
     flipped = int((ours.counts[0, :, 0] - theirs).abs().sum())
     if flipped > 0.02 * samples * k_tau:
         return f"certify: {flipped} of {samples * k_tau} selections are not those of a plain loop on the same noise"
-    votes = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    votes = torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu()
     return "" if torch.equal(votes.int(), ours.class_counts[0]) else "certify: the votes are not those of a plain loop"
 
 

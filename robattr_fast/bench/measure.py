@@ -13,6 +13,9 @@ from robattr_fast.bench.process import Process, SideError
 OURS = "robattr_fast"
 """The label of our side."""
 
+FLOOR = "floor"
+"""In place of a peer: the time in which the bytes that must move can move."""
+
 Rounds = dict[str, list[dict[str, Any]]]
 """What each side said, round by round; a side that cannot run has none."""
 

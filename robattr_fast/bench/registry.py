@@ -23,7 +23,10 @@ class Sided:
 
 @dataclass(frozen=True)
 class Target:
-    """At least so many times the time of the side ``of``; for an entry's own side (`OURS`), at most so many units."""
+    """At least so many times the time of the side ``of``; for an entry's own side (`OURS`), at most so many units.
+
+    Of `FLOOR`: the floor is at least this share of our time.
+    """
 
     of: str
     value: float | None

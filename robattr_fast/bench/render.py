@@ -33,7 +33,8 @@ def chosen(path: Path) -> Records:
     """The last complete record of each entry, of the machine that was measured last. Empty without records."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     read = [records.read(file) for file in files]
-    machines = [of_one for of_one in read if of_one]
+    # Those of GPUs stand in docs/gpu.md.
+    machines = [of_one for of_one in read if of_one and "gpu" not in of_one[-1]]
     if not machines:
         return {}
     newest = max(machines, key=lambda of_one: of_one[-1]["date"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from robattr_fast.bench import records
 from robattr_fast.bench.context import Context
-from robattr_fast.bench.measure import OURS, Result, interleave, limit, rates, ratio, short, spread
+from robattr_fast.bench.measure import FLOOR, OURS, Result, interleave, limit, rates, ratio, short, spread
 from robattr_fast.bench.process import Process, SideError
 from robattr_fast.bench.registry import Entry, Sided
 
@@ -95,7 +95,11 @@ def _measure(
             shares = [a / b for a, b in zip(seconds[target.of], seconds[OURS], strict=True)]
             result.ratios.append(limit(shares, of=target.of, unit="times", target=target.value))
     if entry.floor_bytes is not None:
-        result.floor = _floor(ours, entry.floor_bytes, entry.scale)
+        result.floor = _floor(ours, entry.floor_bytes, entry.scale, entry.spec.get("device", "cpu"))
+        floor = [float(result.floor["median"]) / entry.scale] * len(seconds[OURS])
+        for target in entry.targets:
+            if target.of == FLOOR:
+                result.ratios.append(ratio(floor, seconds[OURS], of=FLOOR, target=target.value))
 
 
 def _sides(entry: Entry, context: Context) -> list[Sided]:
@@ -106,13 +110,14 @@ def _sides(entry: Entry, context: Context) -> list[Sided]:
     return [ours, Sided(context.base.label, ours.side, ours.spec)]
 
 
-def _floor(process: Process, bytes_per_unit: float, scale: float) -> dict[str, float | str]:
+def _floor(process: Process, bytes_per_unit: float, scale: float, device: str) -> dict[str, float | str]:
     """The time that moving so many bytes takes at the bandwidth of a large copy, measured now, by the same threads."""
-    process.prepare("copy", "copy", {"mebibytes": 128})
+    mebibytes = 128 if device == "cpu" else 1024  # far beyond any cache
+    process.prepare("copy", "copy", {"mebibytes": mebibytes, "device": device})
     per_byte = spread(rates([process.round("copy") for _ in range(5)]))["median"]
     return {
         "median": scale * bytes_per_unit * per_byte,
         "bytes": bytes_per_unit,
         "gigabytes_per_second": 1e-9 / per_byte,
-        "how": "copy of 128 MiB, bytes read and written",
+        "how": f"copy of {mebibytes} MiB, bytes read and written",
     }

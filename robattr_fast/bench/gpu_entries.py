@@ -1,0 +1,123 @@
+"""The entries that are measured on a GPU: `registry.Entry` lines whose sides run on a CUDA device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robattr_fast.bench.measure import FLOOR, OURS
+from robattr_fast.bench.registry import Entry, Sided, Target
+
+_IMAGE = (3, 224, 224)
+_HARD = ("all equal", "one ulp", "ascending", "descending", "99 % zeros")
+
+
+def _noise(name: str, what: str, share: float | None, bytes_per_element: int, **spec: Any) -> Entry:
+    return Entry(
+        name=name,
+        title=f"noisy samples on a GPU, n = 150528, {what}",
+        unit="ps per element",
+        scale=1e12,
+        gate="noise",
+        # What is written is several times what any cache holds.
+        spec={"device": "cuda", "shape": _IMAGE, "samples": 1024, **spec},
+        sides=(
+            Sided(OURS, "noise.ours"),
+            Sided("torch", "noise.torch"),
+            Sided("Captum's noise step", "noise.captum"),
+            Sided("torch.func._random", "noise.keyed"),
+        ),
+        targets=(
+            Target("torch", None),
+            Target("Captum's noise step", 3 if name == "G1" else None),
+            Target(FLOOR, share),
+        ),
+        floor_bytes=bytes_per_element,
+    )
+
+
+def _select(name: str, n: int, rows: int, levels: int) -> Entry:
+    sides = [Sided(OURS, "select.ours"), Sided("CUDA C++", "select.cuda"), Sided("torch", "select.torch")]
+    targets = [Target("CUDA C++", None), Target("torch", None), Target(FLOOR, 0.5)]
+    if levels == 1:
+        sides.append(Sided("torch.topk, scatter, sum", "select.scatter"))
+        targets.append(Target("torch.topk, scatter, sum", 6 if n > 10000 else None))
+    return Entry(
+        name=name,
+        title=f"select and count on a GPU, n = {n}, levels = {levels}, scores out of cache",
+        unit="ps per element",
+        scale=1e12,
+        gate="select",
+        spec={"device": "cuda", "n": n, "levels": levels, "rows": rows, "calls": 8, "evicted_mib": 512},
+        sides=tuple(sides),
+        targets=tuple(targets),
+        floor_bytes=4,
+    )
+
+
+ENTRIES: tuple[Entry, ...] = (
+    _noise("G1", "float32", 0.4, 4),
+    _noise("G1.fast", "float32, the GPU's own functions", 0.75, 4, options={"fast": True}),
+    _noise("G1.channels-last", "float32, channels-last", None, 4, options={"channels_last": True}),
+    _noise("G1.bfloat16", "bfloat16", None, 2, dtype="bfloat16"),
+    *(_select(f"G2.levels{levels}", 150528, 128, levels) for levels in (1, 15)),
+    *(
+        _select(f"G3.{n}.levels{levels}", n, rows, levels)
+        for n, rows in ((784, 32768), (3072, 8192))
+        for levels in (1, 15)
+    ),
+    Entry(
+        name="G4",
+        title="select and count on a GPU, rows that are hard to select from, n = 150528, levels = 1",
+        unit="ps per element",
+        scale=1e12,
+        gate="select",
+        spec={"device": "cuda", "n": 150528, "levels": 1, "rows": 128, "calls": 8, "evicted_mib": 512},
+        sides=(Sided(OURS, "select.ours"), *(Sided(kind, "select.ours", {"kind": kind}) for kind in _HARD)),
+        targets=tuple(Target(kind, 1.5, at_least=False) for kind in _HARD),
+        floor_bytes=4,
+    ),
+    *(
+        Entry(
+            name=f"G.bounds.levels{levels}",
+            title=f"betting bounds on a GPU, n = 150528, levels = {levels}, q = 8192",
+            unit="ms",
+            scale=150528e3,
+            gate="bounds",
+            spec={"device": "cuda", "n": 150528, "levels": levels, "samples": 8192},
+            sides=(Sided(OURS, "bounds.ours"),),
+            rounds=5,
+        )
+        for levels in (1, 15)
+    ),
+    *(
+        Entry(
+            name=f"G.gram.levels{levels}",
+            title=f"Gram matrix of 2048 packed maps on a GPU, n = 150528, levels = {levels}",
+            unit="ms",
+            scale=2048**2 * 150528e3,
+            gate="gram",
+            spec={"device": "cuda", "rows": 2048, "n": 150528, "levels": levels},
+            sides=(Sided(OURS, "gram.ours"), Sided("torch, float32", "gram.torch")),
+            targets=(Target("torch, float32", None),),
+            rounds=5,
+        )
+        for levels in (1, 15)
+    ),
+    Entry(
+        name="G9",
+        title="whole job on a GPU, ResNet-50, 224x224: bfloat16 and graph replay, peers in float32",
+        unit="ms per sample",
+        scale=1e3,
+        gate="job",
+        spec={"device": "cuda", "model": "resnet50", "samples": 1024, "batch_size": 64, "batch_sizes": [64]},
+        sides=(
+            Sided(OURS, "job.whole", {"dtype": "bfloat16", "samples": 8192}),
+            Sided("published loop, batch 64", "job.published", tune=False),
+            Sided("Captum NoiseTunnel", "job.captum"),
+        ),
+        targets=(Target("published loop, batch 64", 5), Target("Captum NoiseTunnel", None)),
+        rounds=3,
+        apart=True,
+    ),
+)
+"""G5 to G8, of attention, wait for its kernels."""
