@@ -24,9 +24,10 @@ import triton
 from robattr_fast.kernels._attention_passes import apply_features, apply_values, scan_parts, sum_parts
 from robattr_fast.kernels._attention_tiles import Array, Side
 
-# Of the left operand of a product, and of its result; half as many columns in float64. From 64 rows on Triton hands
-# float32 products to the tensor cores of sm_100, which round to tf32, whatever precision is asked for.
+# Rows and columns of a product of float32. From 64 rows on Triton 3.7 hands it to the tensor cores of sm_100, which
+# round to tf32, whatever precision is asked for.
 _ROWS, _COLUMNS = 32, 64
+_WIDE = 16  # rows and columns of one of float64
 STAGES = (3, 3, 1)  # of the software pipeline, by the order of the derivative
 # Positions of a part: causal, pairs within it are multiplied as such.
 _SPAN, _CAUSAL_SPAN = 512, 64
@@ -61,10 +62,10 @@ class _Problem:
         wide = q.dtype == torch.float64
         self.dtype = torch.float64 if wide else torch.float32
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        columns = _COLUMNS // 2 if wide else _COLUMNS
+        most_rows, columns = (_WIDE, _WIDE) if wide else (_ROWS, _COLUMNS)
         self.block, self.block_d, self.block_v = (
             max(16, min(most, triton.next_power_of_2(size)))
-            for most, size in ((_ROWS, max(rows, keys)), (columns, width), (columns, value_width))
+            for most, size in ((most_rows, max(rows, keys)), (columns, width), (columns, value_width))
         )
         # Loads ahead of the products of the second order would take more registers than there are.
         self.options = {"D": width, "DV": value_width, "MAP": feature_map, "ORDER": order, "num_stages": STAGES[order]}

@@ -266,8 +266,9 @@ def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
     side = Side(array, array, array, array)
     compute = "*fp64" if pointer == "*fp64" else "*fp32"
     constants = {"D": 64, "DV": 64, "MAP": "elu", "ROWS": rows, "CAUSAL": causal, "NORMALIZE": True, "ORDER": order}
-    columns = 32 if pointer == "*fp64" else 64
-    constants |= {"BLOCK": 32, "BLOCK_D": 32 if kernel is _attention_passes.sum_parts else columns, "BLOCK_V": columns}
+    rows_of_product, columns = (16, 16) if pointer == "*fp64" else (32, 64)
+    constants |= {"BLOCK": rows_of_product, "BLOCK_V": columns}
+    constants["BLOCK_D"] = rows_of_product if kernel is _attention_passes.sum_parts else columns
     types = dict.fromkeys(("scalars", "states", "visible"), compute) | {"side": side, "other": side, "out": array}
     types |= {"mask": "*u8", "eps": "fp64"}
     compiled = Compiled(
@@ -306,10 +307,10 @@ def test_linear_attention(architecture, kernel, order, causal, registers, shared
 @pytest.mark.parametrize(
     ("kernel", "pointer", "registers", "shared"),
     [
-        ("apply_values", "*bf16", 232, 40960),
-        ("sum_parts", "*fp64", 255, 41984),
-        ("apply_features", "*fp64", 255, 40960),
-        ("apply_values", "*fp64", 255, 32768),
+        ("apply_values", "*bf16", 248, 10240),
+        ("sum_parts", "*fp64", 224, 8192),
+        ("apply_features", "*fp64", 232, 8192),
+        ("apply_values", "*fp64", 232, 8192),
     ],
 )
 def test_linear_attention_of_other_dtypes(architecture, kernel, pointer, registers, shared, tmp_path):
