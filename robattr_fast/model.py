@@ -65,9 +65,9 @@ _OF_MODULES = vars(nn.Module()).keys()
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
-    if isinstance(value, dict):
+    if type(value) is dict:
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype))
 
