@@ -138,6 +138,7 @@ def test_population_bound_holds_and_is_nearly_attained() -> None:
     assert max(ratios) > 0.9
 
 
+@pytest.mark.slow
 def test_certificate_is_never_violated() -> None:
     """60 maps, two sample sets each: distance, cosine, overlap of the displayed map, in every direction."""
     shares, shrunk_shares, closest, nearest = [], [], 0.0, 0.0
@@ -215,6 +216,7 @@ def truth(name: str) -> tuple[np.ndarray, np.ndarray]:
     return mean, (patterns * weights[:, None]).T @ patterns - np.outer(mean, mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_coverage_of_the_events(name: str, blocks: int) -> None:
@@ -256,6 +258,7 @@ def test_coverage_of_the_events(name: str, blocks: int) -> None:
     assert (failures <= delta * runs + 3 * math.sqrt(delta * (1 - delta) * runs)).all(), failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_whole_evaluation_covers(name: str) -> None:
     """400 runs of the evaluation with its data-driven B, pilots and blocks.
@@ -293,6 +296,7 @@ def test_whole_evaluation_covers(name: str) -> None:
     assert found > 360 or name in ("rank-one", "missed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_abstain_covers_every_completion(name: str) -> None:
     """Invalid samples enter as zero maps; the certificate then holds for the map that they really had."""
