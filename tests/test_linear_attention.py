@@ -68,7 +68,7 @@ def norm(x):
 
 
 def check_accuracy(given, times=2, **settings):
-    """At most ``times`` the error of the definition under autograd in the same dtype, and one unit in the last place."""
+    """At most ``times`` the error of the definition in the same dtype, plus one unit in the last place."""
     got = everything(lambda *x: rf.linear_attention(*x, **settings), *given)
     plain = everything(lambda *x: rf.reference.linear_attention(*x, **settings), *given)
     exact = everything(lambda *x: rf.reference.linear_attention(*x, **settings), *upcast(*given))
