@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -64,11 +65,11 @@ _OF_MODULES = vars(nn.Module()).keys()
 """Attributes of every module: containers that are looked into by name, hooks, mode."""
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+        return all(_is_plain(item) for item in value)
     if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+        return all(_is_plain(item) for pair in value.items() for item in pair)
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype))
 
 
