@@ -120,4 +120,4 @@ ENTRIES: tuple[Entry, ...] = (
         apart=True,
     ),
 )
-"""G5 to G8, of attention, wait for its kernels."""
+"""Of attention (G5 to G8) none is here yet."""
