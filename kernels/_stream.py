@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 # The interpreter has none of the device's functions.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def box_muller_fast(radius_word, phase_word):
     u = ((radius_word >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
     # The first quadrant begins at -pi/4; 2 pi / 2^32.
     angle = (phase_word - 0x20000000).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
-    if _INTERPRETED:
+    if INTERPRETED:
         log, sine, cosine = tl.log(u), tl.sin(angle), tl.cos(angle)
     else:
         log, sine, cosine = libdevice.fast_logf(u), libdevice.fast_sinf(angle), libdevice.fast_cosf(angle)

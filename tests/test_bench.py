@@ -89,6 +89,8 @@ def test_every_side_does_its_work(name):
     try:
         side = SIDES[name](spec_of(name))
     except NotImplementedError as error:
+        if name != "noise.keyed":  # a peer that torch has for some devices only
+            raise
         pytest.skip(str(error))
     answer = side()
     assert answer["seconds"] > 0

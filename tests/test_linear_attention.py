@@ -67,8 +67,8 @@ def norm(x):
     return x.double().norm().item()
 
 
-def check_accuracy(given, times=2, **settings):
-    """At most ``times`` the error of the definition in the same dtype, plus one unit in the last place."""
+def check_accuracy(given, **settings):
+    """At most twice the error of the definition under autograd in the same dtype, plus one unit in the last place."""
     got = everything(lambda *x: rf.linear_attention(*x, **settings), *given)
     plain = everything(lambda *x: rf.reference.linear_attention(*x, **settings), *given)
     exact = everything(lambda *x: rf.reference.linear_attention(*x, **settings), *upcast(*given))
@@ -76,7 +76,7 @@ def check_accuracy(given, times=2, **settings):
     for name in NAMES:
         assert got[name].dtype == dtype
         assert got[name].shape == exact[name].shape
-        error, allowed = norm(got[name] - exact[name]), times * norm(plain[name] - exact[name])
+        error, allowed = norm(got[name] - exact[name]), 2 * norm(plain[name] - exact[name])
         # What counts as exact is itself computed in float64, and not all sums are as large as their terms.
         units = 5000 if dtype == torch.float64 else 1
         assert error <= allowed + units * torch.finfo(dtype).eps * norm(exact[name]), (name, error, allowed)
@@ -169,9 +169,10 @@ def test_settings(backend, feature_map, causal, normalize, masked, dtype):
     ("queries", "keys"), [(1, 40), (40, 1)] if INTERPRETED else [(1, 100), (100, 1), (33, 70), (1030, 5)]
 )
 def test_more_or_fewer_queries_than_keys(backend, queries, keys):
-    given = arguments(2, HEADS, queries, keys, 12, 20, torch.float32)
-    # The weights of a single key cancel from the result, and nearly all of its gradient with them.
-    check_accuracy(given, times=4 if keys == 1 else 2, key_padding_mask=mask_of(2, keys), eps=0.1)
+    # Nearly all of a single key's gradient cancels: of few of them, what is left of either side's rounding is chance.
+    images = 9 if keys == 1 else 2
+    given = arguments(images, HEADS, queries, keys, 12, 20, torch.float32)
+    check_accuracy(given, key_padding_mask=mask_of(images, keys), eps=0.1)
 
 
 @pytest.mark.parametrize("causal", [True] if INTERPRETED else [False, True])
