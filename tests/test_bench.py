@@ -84,10 +84,18 @@ def spec_of(name):
     return next(spec for prefix, spec in SMALLER.items() if name.startswith(prefix))
 
 
-@pytest.mark.parametrize("name", sorted(set(SIDES) - {"job.ours", "job.captum"}))
-def test_every_side_does_its_work(name):
+ON_CUDA = {"select.cuda"}
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [(name, "cpu") for name in sorted(set(SIDES) - ON_CUDA - {"job.ours", "job.captum"})]
+    + [pytest.param(name, "cuda", marks=no_gpu) for name in sorted(ON_CUDA)],
+)
+def test_every_side_does_its_work(name, device):
     try:
-        side = SIDES[name](spec_of(name))
+        side = SIDES[name](spec_of(name) | {"device": device})
     except NotImplementedError as error:
         if name != "noise.keyed":  # a peer that torch has for some devices only
             raise
