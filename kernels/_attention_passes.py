@@ -98,6 +98,14 @@ def scan_parts(
         tl.store(states, running, mask=i < size)
 
 
+@triton.jit
+def block_of(blocks, span, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program: the head, its first position, and the part whose state it needs."""
+    begin = tl.program_id(0) % blocks * BLOCK
+    part = begin // span if CAUSAL else begin * 0
+    return tl.program_id(0).to(tl.int64) // blocks, begin, part
+
+
 @triton.jit(do_not_specialize=["positions", "heads", "parts", "span", "blocks"])
 def apply_features(
     side,  # a Side
@@ -127,13 +135,9 @@ def apply_features(
     ORDERS: tl.constexpr = 2 if ORDER == 2 else 1
     # Derivatives of rows take n in the derivative of their denominator alone, those of keys only of the first order.
     PLAIN: tl.constexpr = (NORMALIZE or ORDER == 0) if ROWS else ORDER < 2
-    head = tl.program_id(0).to(tl.int64) // blocks
-    block = tl.program_id(0) % blocks
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    head, begin, part = block_of(blocks, span, CAUSAL, BLOCK)
+    i = begin + tl.arange(0, BLOCK)
     present = exists(mask, head, heads, i, positions, ROWS)
-    part = block * 0
-    if CAUSAL:
-        part = block * BLOCK // span
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
     state_dot = state_of(states, head, part, parts, ORDERS - 1, ORDERS, D, DV)
     r = tl.zeros((BLOCK,), FLOAT)
@@ -163,7 +167,7 @@ def apply_features(
                     d_dot += tl.sum(f_dot * total + f * load_total(state_dot, c, D, DV)[None, :], axis=1)
         if CAUSAL:
             # Pairs within the part, some columns at a time.
-            first_j, end_j = paired(block * BLOCK, part * span, span, positions, ROWS, BLOCK)
+            first_j, end_j = paired(begin, part * span, span, positions, ROWS, BLOCK)
             for start in range(first_j, end_j, K):
                 j = start + tl.arange(0, K)
                 others = exists(mask, head, heads, j, positions, not ROWS)
@@ -241,14 +245,10 @@ def apply_values(
 ):
     FLOAT: tl.constexpr = states.dtype.element_ty
     ORDERS: tl.constexpr = 2 if ORDER == 2 else 1
-    head = tl.program_id(0).to(tl.int64) // blocks
-    block = tl.program_id(0) % blocks
-    i = block * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    head, begin, part = block_of(blocks, span, CAUSAL, BLOCK)
+    i = begin + tl.arange(0, BLOCK)
     present = exists(mask, head, heads, i, positions, ROWS)
-    part = block * 0
-    if CAUSAL:
-        part = block * BLOCK // span
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
     state_dot = state_of(states, head, part, parts, ORDERS - 1, ORDERS, D, DV)
     grad = tl.zeros((BLOCK, BLOCK_D), FLOAT)
@@ -268,7 +268,7 @@ def apply_values(
         grad_dot += weight[:, None] * load_total(state_dot, c, D, DV)[None, :] + weight_dot[:, None] * total
     if CAUSAL:
         # Pairs within the part, some columns at a time.
-        first_j, end_j = paired(block * BLOCK, part * span, span, positions, ROWS, BLOCK)
+        first_j, end_j = paired(begin, part * span, span, positions, ROWS, BLOCK)
         for start in range(first_j, end_j, K):
             j = start + tl.arange(0, K)
             others = exists(mask, head, heads, j, positions, not ROWS)

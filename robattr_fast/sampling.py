@@ -445,6 +445,14 @@ def check_image_ids(image_ids: torch.Tensor | Sequence[int] | None, x: torch.Ten
     return ids
 
 
+def check_explain(explain: str | _model.Explanation, channel_sum: bool, x: torch.Tensor) -> None:
+    """A named explanation or a callable, whose scores have channels to sum if they are to be."""
+    if not (callable(explain) or explain in _model.EXPLANATIONS):
+        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
+    if channel_sum and x.dim() < 3:
+        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
+
+
 def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
     """int64 [B] on x's device, or None; one class for all images, or one each."""
     if target is None:

@@ -193,3 +193,17 @@ def sorted_levels(row: np.ndarray, k_tau: int, k_gamma: int, levels: int) -> np.
         kept = row > threshold
     edges = [g * (row.dtype.type(step) / row.dtype.type(levels)) for step in range(levels)]
     return np.where(kept & (row > 0), sum((row > edge).astype(np.int64) for edge in edges), 0)
+
+
+def check_second_derivative_under_compile(function, scores):
+    """Of a penalty on the gradient of sum(function^3), which torch.compile traces through."""
+
+    def penalty(s):
+        (first,) = torch.autograd.grad(function(s).pow(3).sum(), s, create_graph=True)
+        return first.square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(scores), scores)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+        (actual,) = torch.autograd.grad(compiled(scores), scores)
+    torch.testing.assert_close(actual, expected)

@@ -1,5 +1,6 @@
 """The engine: counts that do not depend on batches, order or splits; stopping, resuming, refusing."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -239,6 +240,27 @@ def test_interrupt_leaves_a_valid_certificate(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Crash(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def crashing_after(saves):
+    """Runs end with a Crash once they have written so many checkpoints."""
+    original, written = engine._Run._save, 0
+
+    def save_then_crash(self, *, final=False):
+        nonlocal written
+        original(self, final=final)
+        written += 1
+        if written == saves:
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._Run, "_save", save_then_crash)
+        yield
+
+
 @pytest.mark.parametrize("batch_size", [16, 24])
 @pytest.mark.parametrize("stop", [None, rf.StopWhen(k=20, radius=0.03, overlap=0.6)])
 def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
@@ -247,29 +269,10 @@ def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
-
-    class Crash(Exception):
-        pass
-
-    original = engine._Run._save
     for crash_after in (1, 3, 20, 44, 50):
-        saves = [0]
-
-        def save_then_crash(self, *, final=False, saves=saves, crash_after=crash_after):
-            original(self, final=final)
-            saves[0] += 1
-            if saves[0] == crash_after:
-                raise Crash
-
-        monkeypatch.setattr(engine._Run, "_save", save_then_crash)
-        try:
-            resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
-        except Crash:
-            continue
-        break
-    else:
-        monkeypatch.setattr(engine._Run, "_save", original)
-        resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
+        with crashing_after(crash_after), contextlib.suppress(Crash):
+            rf.certify(MODEL, x, **settings, checkpoint=path)
+    resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.counts, whole.counts)
     assert resumed.samples.tolist() == whole.samples.tolist()
 
@@ -498,24 +501,9 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
-
-    class Crash(Exception):
-        pass
-
-    original = engine._Run._save
     for crash_after in (2, 20, 30):
-        saves = [0]
-
-        def save_then_crash(self, *, final=False, saves=saves, crash_after=crash_after):
-            original(self, final=final)
-            saves[0] += 1
-            if saves[0] == crash_after:
-                raise Crash
-
-        monkeypatch.setattr(engine._Run, "_save", save_then_crash)
-        with pytest.raises(Crash):
+        with crashing_after(crash_after), pytest.raises(Crash):
             rf.certify(MODEL, x, **settings, checkpoint=path)
-    monkeypatch.setattr(engine._Run, "_save", original)
     resumed = rf.certify(MODEL, x, **settings, checkpoint=path)
     assert torch.equal(resumed.gram_summary, whole.gram_summary)
     assert torch.equal(resumed.directions, whole.directions)

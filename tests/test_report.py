@@ -11,7 +11,7 @@ import _chromium
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from _photos import write_photos
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate, rounding
@@ -155,13 +155,9 @@ def test_a_page_of_nothing(certs, empty):
 def run(tmp_path_factory):
     """A folder that `certify` wrote, and the photographs."""
     folder = tmp_path_factory.mktemp("run")
-    rng = np.random.default_rng(0)
+    write_photos(folder / "photos", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("photos").mkdir()
-        for index in range(2):
-            noise = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(f"photos/photo{index}.png")
         fixed = ["--model", "_cli_models:tiny", "--samples", "512", "--batch-size", "8"]
         done = CliRunner().invoke(app, ["certify", "photos", *fixed])
         assert done.exit_code == 0, done.output

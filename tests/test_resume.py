@@ -11,10 +11,9 @@ import textwrap
 from pathlib import Path
 
 import _cli_models
-import numpy as np
 import pytest
+from _photos import write_photos
 from matplotlib.figure import Figure
-from PIL import Image
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate, plots
@@ -27,11 +26,7 @@ IMAGES = 3
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with a folder of photographs; checkpoints are written after every batch."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "photos").mkdir()
-    for index in range(IMAGES):
-        picture = Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8))
-        picture.save(tmp_path / "photos" / f"photo{index}.png")
+    write_photos(tmp_path / "photos", IMAGES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(plots, "certificate_figure", plain_figure)

@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from _operators import DTYPES, INTERPRETED, KINDS, LONG_KINDS, backend, examples, make_row, rows, strided
+from _operators import (
+    DTYPES,
+    INTERPRETED,
+    KINDS,
+    LONG_KINDS,
+    backend,
+    check_second_derivative_under_compile,
+    examples,
+    make_row,
+    rows,
+    strided,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -177,16 +188,7 @@ def test_compile():
 
 def test_second_derivative_under_compile():
     scores = torch.randn(2, 30, requires_grad=True)
-
-    def penalty(s):
-        (first,) = torch.autograd.grad(rf.soft_topk(s, 7, 0.5).pow(3).sum(), s, create_graph=True)
-        return first.square().sum()
-
-    (expected,) = torch.autograd.grad(penalty(scores), scores)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
-        (actual,) = torch.autograd.grad(compiled(scores), scores)
-    torch.testing.assert_close(actual, expected)
+    check_second_derivative_under_compile(lambda s: rf.soft_topk(s, 7, 0.5), scores)
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.5), (4, 0.2), (11, 3.0)])

@@ -12,6 +12,7 @@ from _operators import (
     LONG_ROW,
     ROW,
     backend,
+    check_second_derivative_under_compile,
     examples,
     make_row,
     rows,
@@ -255,13 +256,4 @@ def test_errors(arguments, error, message):
 
 def test_second_derivative_under_compile():
     scores = spaced(1, 30).detach().requires_grad_()
-
-    def penalty(s):
-        (first,) = torch.autograd.grad(rf.sparsify(s, 0.5, 0.2, levels=None).pow(3).sum(), s, create_graph=True)
-        return first.square().sum()
-
-    (expected,) = torch.autograd.grad(penalty(scores), scores)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
-        (actual,) = torch.autograd.grad(compiled(scores), scores)
-    torch.testing.assert_close(actual, expected)
+    check_second_derivative_under_compile(lambda s: rf.sparsify(s, 0.5, 0.2, levels=None), scores)

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import _cli_models
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from _photos import write_photos
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate, certify, rounding
@@ -30,13 +29,9 @@ def verify(*arguments):
 def pristine(tmp_path_factory):
     """A run of two photographs, with second moments."""
     folder = tmp_path_factory.mktemp("run")
-    rng = np.random.default_rng(0)
+    write_photos(folder / "photos", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("photos").mkdir()
-        for index in range(2):
-            picture = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(f"photos/photo{index}.png")
         done = command(
             *("certify", "photos", "--model", "_cli_models:tiny", "--samples", 512, "--batch-size", 8, "--k", 0.1)
         )

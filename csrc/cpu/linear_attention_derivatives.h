@@ -26,8 +26,19 @@ static void make_a_prime(const F* rho, Queries<F>& queries) {
   }
 }
 
-// grad = P + e z becomes slope grad, or curvature u grad + slope grad_dot with grad_dot = Q - rho P + e z_dot + e_dot
-// z.
+// The gradient with respect to x from that with respect to phi(x), of the elements from i on: slope grad, or its
+// derivative curvature u grad + slope grad_dot. ``of`` are Queries or Keys.
+template <class F, bool kDot, class Side>
+ROBATTR_INLINE Vector<F> chain(const Side& of, int64_t i, Vector<F> grad, Vector<F> grad_dot) {
+  const Vector<F> slope = load_vector<F>(of.slope.data + i);
+  if constexpr (kDot) {
+    return load_vector<F>(of.curvature.data + i) * load_vector<F>(of.u.data + i) * grad + slope * grad_dot;
+  } else {
+    return slope * grad;
+  }
+}
+
+// Of the rows, where grad = P + e z and grad_dot = Q - rho P + e z_dot + e_dot z.
 template <class F, bool kDot>
 static void finish_queries(const Queries<F>& queries, const Scalars<F>& s, const F* z, const F* z_dot, int64_t z_pitch,
                            Matrix<F> p, Matrix<F> q) {
@@ -35,35 +46,27 @@ static void finish_queries(const Queries<F>& queries, const Scalars<F>& s, const
     for (int64_t c = 0; c < p.columns; c += kWidth<F>) {
       const int64_t i = r * p.columns + c;
       const Vector<F> near = load_vector<F>(p.data + i), total = load_vector<F>(z + r * z_pitch + c);
-      const Vector<F> slope = load_vector<F>(queries.slope.data + i), grad = near + total * s.e[r];
-      Vector<F> result = slope * grad;
+      Vector<F> grad_dot{};
       if constexpr (kDot) {
         const Vector<F> total_dot = load_vector<F>(z_dot + r * z_pitch + c);
-        const Vector<F> grad_dot =
-            load_vector<F>(q.data + i) - near * s.rho[r] + (total_dot * s.e[r] + total * s.e_dot[r]);
-        result =
-            load_vector<F>(queries.curvature.data + i) * load_vector<F>(queries.u.data + i) * grad + slope * grad_dot;
+        grad_dot = load_vector<F>(q.data + i) - near * s.rho[r] + (total_dot * s.e[r] + total * s.e_dot[r]);
       }
-      store_vector<F>(p.data + i, result);
+      store_vector<F>(p.data + i, chain<F, kDot>(queries, i, near + total * s.e[r], grad_dot));
     }
   }
 }
 
-// The same of the keys, with grad = G + t and grad_dot = G_dot + t_dot.
+// Of the keys, where grad = G + t and grad_dot = G_dot + t_dot.
 template <class F, bool kDot>
 static void finish_keys(const Keys<F>& keys, const F* t, const F* t_dot, int64_t t_pitch, Matrix<F> g,
                         Matrix<F> g_dot) {
   for (int64_t r = 0; r < g.rows; ++r) {
     for (int64_t c = 0; c < g.columns; c += kWidth<F>) {
       const int64_t i = r * g.columns + c;
-      const Vector<F> slope = load_vector<F>(keys.slope.data + i);
       const Vector<F> grad = load_vector<F>(g.data + i) + load_vector<F>(t + r * t_pitch + c);
-      Vector<F> result = slope * grad;
-      if constexpr (kDot) {
-        const Vector<F> grad_dot = load_vector<F>(g_dot.data + i) + load_vector<F>(t_dot + r * t_pitch + c);
-        result = load_vector<F>(keys.curvature.data + i) * load_vector<F>(keys.u.data + i) * grad + slope * grad_dot;
-      }
-      store_vector<F>(g.data + i, result);
+      Vector<F> grad_dot{};
+      if constexpr (kDot) grad_dot = load_vector<F>(g_dot.data + i) + load_vector<F>(t_dot + r * t_pitch + c);
+      store_vector<F>(g.data + i, chain<F, kDot>(keys, i, grad, grad_dot));
     }
   }
 }

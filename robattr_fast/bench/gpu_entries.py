@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from robattr_fast.bench.measure import FLOOR, OURS
-from robattr_fast.bench.registry import Entry, Sided, Target
+from robattr_fast.bench.registry import Entry, Sided, Target, gram, hard_rows
 
 _IMAGE = (3, 224, 224)
-_HARD = ("all equal", "one ulp", "ascending", "descending", "99 % zeros")
 
 
 def _noise(name: str, what: str, share: float | None, bytes_per_element: int, **spec: Any) -> Entry:
@@ -65,17 +64,7 @@ ENTRIES: tuple[Entry, ...] = (
         for n, rows in ((784, 32768), (3072, 8192))
         for levels in (1, 15)
     ),
-    Entry(
-        name="G4",
-        title="select and count on a GPU, rows that are hard to select from, n = 150528, levels = 1",
-        unit="ps per element",
-        scale=1e12,
-        gate="select",
-        spec={"device": "cuda", "n": 150528, "levels": 1, "rows": 128, "calls": 8, "evicted_mib": 512},
-        sides=(Sided(OURS, "select.ours"), *(Sided(kind, "select.ours", {"kind": kind}) for kind in _HARD)),
-        targets=tuple(Target(kind, 1.5, at_least=False) for kind in _HARD),
-        floor_bytes=4,
-    ),
+    hard_rows("G4", " on a GPU", "ps per element", 1e12, None, device="cuda", rows=128, evicted_mib=512),
     *(
         Entry(
             name=f"G.bounds.levels{levels}",
@@ -89,20 +78,7 @@ ENTRIES: tuple[Entry, ...] = (
         )
         for levels in (1, 15)
     ),
-    *(
-        Entry(
-            name=f"G.gram.levels{levels}",
-            title=f"Gram matrix of 2048 packed maps on a GPU, n = 150528, levels = {levels}",
-            unit="ms",
-            scale=2048**2 * 150528e3,
-            gate="gram",
-            spec={"device": "cuda", "rows": 2048, "n": 150528, "levels": levels},
-            sides=(Sided(OURS, "gram.ours"), Sided("torch, float32", "gram.torch")),
-            targets=(Target("torch, float32", None),),
-            rounds=5,
-        )
-        for levels in (1, 15)
-    ),
+    *(gram(f"G.gram.levels{levels}", " on a GPU", 2048, levels, device="cuda") for levels in (1, 15)),
     Entry(
         name="G9",
         title="whole job on a GPU, ResNet-50, 224x224: bfloat16 and graph replay, peers in float32",

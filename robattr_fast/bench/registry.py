@@ -138,7 +138,38 @@ def _attention(name: str, what: str, causal: bool, targets: dict[str, float | No
     )
 
 
-_HARD = ("all equal", "one ulp", "ascending", "descending", "99 % zeros")
+def hard_rows(name: str, where: str, unit: str, scale: float, threads: int | None, **spec: Any) -> Entry:
+    """Rows that are hard to select from beside random ones, n = 150528, one level."""
+    kinds = ("all equal", "one ulp", "ascending", "descending", "99 % zeros")
+    return Entry(
+        name=name,
+        title=f"select and count{where}, rows that are hard to select from, n = 150528, levels = 1",
+        unit=unit,
+        scale=scale,
+        gate="select",
+        spec={"n": 150528, "levels": 1, "calls": 8, **spec},
+        sides=(Sided(OURS, "select.ours"), *(Sided(kind, "select.ours", {"kind": kind}) for kind in kinds)),
+        targets=tuple(Target(kind, 1.5, at_least=False) for kind in kinds),
+        threads=threads,
+        floor_bytes=4,
+    )
+
+
+def gram(name: str, where: str, rows: int, levels: int, **spec: Any) -> Entry:
+    """The Gram matrix of ``rows`` packed maps of n = 150528."""
+    return Entry(
+        name=name,
+        title=f"Gram matrix of {rows} packed maps{where}, n = 150528, levels = {levels}",
+        unit="ms",
+        scale=rows**2 * 150528 * 1e3,
+        gate="gram",
+        spec={"rows": rows, "n": 150528, "levels": levels, **spec},
+        sides=(Sided(OURS, "gram.ours"), Sided("torch, float32", "gram.torch")),
+        targets=(Target("torch, float32", None),),
+        rounds=5,
+        quick_rounds=3,
+    )
+
 
 ENTRIES: tuple[Entry, ...] = (
     _noise("P1", (3, 224, 224), 16, 1, 4),
@@ -146,18 +177,7 @@ ENTRIES: tuple[Entry, ...] = (
     _noise("P1.784", (1, 28, 28), 1024, 1, None),
     _select("P2", 150528, 1, 6),
     _select("P2.levels15", 150528, 15, 6),
-    Entry(
-        name="P2.adversarial",
-        title="select and count, rows that are hard to select from, n = 150528, levels = 1",
-        unit="ns per element",
-        scale=1e9,
-        gate="select",
-        spec={"n": 150528, "levels": 1, "rows": 1, "calls": 8, "evicted_mib": 64},
-        sides=(Sided(OURS, "select.ours"), *(Sided(kind, "select.ours", {"kind": kind}) for kind in _HARD)),
-        targets=tuple(Target(kind, 1.5, at_least=False) for kind in _HARD),
-        threads=1,
-        floor_bytes=4,
-    ),
+    hard_rows("P2.adversarial", "", "ns per element", 1e9, 1, rows=1, evicted_mib=64),
     *(_select(f"P3.{n}.levels{levels}", n, levels, 3) for n in (784, 3072) for levels in (1, 15)),
     *(
         Entry(
@@ -174,21 +194,7 @@ ENTRIES: tuple[Entry, ...] = (
         )
         for levels in (1, 15)
     ),
-    *(
-        Entry(
-            name=f"gram.levels{levels}",
-            title=f"Gram matrix of 256 packed maps, n = 150528, levels = {levels}",
-            unit="ms",
-            scale=256**2 * 150528 * 1e3,
-            gate="gram",
-            spec={"rows": 256, "n": 150528, "levels": levels},
-            sides=(Sided(OURS, "gram.ours"), Sided("torch, float32", "gram.torch")),
-            targets=(Target("torch, float32", None),),
-            rounds=5,
-            quick_rounds=3,
-        )
-        for levels in (1, 15)
-    ),
+    *(gram(f"gram.levels{levels}", "", 256, levels) for levels in (1, 15)),
     _attention("attention", "all pairs", False, {"einsum of all pairs": 3, "SDPA, math": 5, "eager sums": 1.2}),
     _attention("attention.causal", "causal", True, {"einsum of all pairs": None, "SDPA, math": None}),
     Entry(

@@ -21,12 +21,12 @@ from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.merge import joined
-from robattr_fast.certify.settings import AUTOCAST, NONFINITE, Settings
+from robattr_fast.certify.settings import AUTOCAST, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, check_image_ids, check_images, check_target, next_batch
+from robattr_fast.sampling import Sampler, check_explain, check_image_ids, check_images, check_target, next_batch
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -256,12 +256,7 @@ def certify(
         _check.integer("levels", levels, 1, 15)
     _check.integer("samples", samples, 1, 2**31 - 1)
     _check.integer("first_sample", first_sample, 0, 2**32 - samples)
-    if not (callable(explain) or explain in _model.EXPLANATIONS):
-        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
-    if on_nonfinite not in NONFINITE:
-        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
-    if channel_sum and x.dim() < 3:
-        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
+    check_explain(explain, channel_sum, x)
     bound = bound or ("betting" if levels is not None else "kl")
     check_bound(bound, levels)
     if stop is not None and bound != "betting":

@@ -122,7 +122,7 @@ class Settings:
         if self.retain < 0:
             raise ValueError(f"retain must not be negative, got {self.retain}")
         if self.on_nonfinite not in NONFINITE:
-            raise ValueError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {self.on_nonfinite!r}")
+            raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
         if self.autocast not in (None, *AUTOCAST):
             raise ValueError(f"autocast must be None or one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
         for evaluation in (self.declared, self.evaluation):

@@ -27,11 +27,11 @@ from robattr_fast.certify.concentration import (
 from robattr_fast.certify.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
 from robattr_fast.certify.moments import no_summary
 from robattr_fast.certify.second_moment import SecondMoments, TopKCost
-from robattr_fast.certify.settings import NONFINITE, Settings
+from robattr_fast.certify.settings import Settings
 from robattr_fast.certify.state import State
 from robattr_fast.ops import _check
 from robattr_fast.ops.packed_gram import packed_gram
-from robattr_fast.sampling import Sampler, Segment, check_image_ids, check_images, check_target
+from robattr_fast.sampling import Sampler, Segment, check_explain, check_image_ids, check_images, check_target
 
 _LAST_SAMPLE = 2**32
 
@@ -154,12 +154,7 @@ def suggest(
     _check.integer("samples", samples, 2, 2**31 - 1)
     _check.integer("retain", retain, 4, 8192)
     maps = _combinations(taus, gammas, levels)
-    if not (callable(explain) or explain in _model.EXPLANATIONS):
-        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
-    if on_nonfinite not in NONFINITE:
-        raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
-    if channel_sum and x.dim() < 3:
-        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
+    check_explain(explain, channel_sum, x)
     for _, _, number in maps:
         check_bound(bound, number)
     classes_wanted = check_target(target, x)

@@ -48,6 +48,8 @@ Gamba, Azizpour (arXiv 2605.29983) on kernel attention in place of softmax for r
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,45 @@ def linear_attention(
     return (weights @ _kept(v, key_padding_mask) * r).to(dtype)
 
 
+class _FirstOrder(NamedTuple):
+    """What both derivatives need, named as above."""
+
+    visible: Tensor  # of `_visible`
+    v: Tensor  # as it is computed with
+    a: tuple[Tensor, Tensor, Tensor]  # phi(q), phi'(q), phi''(q)
+    b: tuple[Tensor, Tensor, Tensor]  # phi(k), phi'(k), phi''(k)
+    weights: Tensor  # A
+    r: Tensor
+    n: Tensor
+    w: Tensor
+    e: Tensor
+    pairs: Tensor  # G
+
+
+def _first_order(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str,
+    causal: bool,
+    normalize: bool,
+    key_padding_mask: Tensor | None,
+    eps: float,
+) -> _FirstOrder:
+    visible = _visible(q, k, causal, key_padding_mask)
+    g, q, k, v = _in_compute_dtype(grad, q, k, v)
+    k, v = _kept(k, key_padding_mask), _kept(v, key_padding_mask)
+    a, b = features(q, feature_map), features(k, feature_map)
+    weights = torch.where(visible, a[0] @ b[0].mT, 0)
+    r = _reciprocal(weights, visible, normalize, eps)
+    n = weights @ v
+    w = r * g
+    e = -r * (w * n).sum(-1, keepdim=True) * normalize
+    pairs = torch.where(visible, w @ v.mT + e, 0)
+    return _FirstOrder(visible, v, a, b, weights, r, n, w, e, pairs)
+
+
 def linear_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -133,19 +174,11 @@ def linear_attention_backward(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to (q, k, v) of sum(grad * linear_attention(q, k, v)); grad [B, H, Nq, Dv]."""
-    dtype = q.dtype
-    visible = _visible(q, k, causal, key_padding_mask)
-    g, q, k, v = _in_compute_dtype(grad, q, k, v)
-    k, v = _kept(k, key_padding_mask), _kept(v, key_padding_mask)
-    (a, a_slope, _), (b, b_slope, _) = features(q, feature_map), features(k, feature_map)
-    weights = torch.where(visible, a @ b.mT, 0)
-    r = _reciprocal(weights, visible, normalize, eps)
-    w = r * g
-    e = -r * (w * (weights @ v)).sum(-1, keepdim=True) * normalize
-    pairs = torch.where(visible, w @ v.mT + e, 0)
-    grad_k = b_slope * (pairs.mT @ a)
-    gradients = a_slope * (pairs @ b), _kept(grad_k, key_padding_mask), weights.mT @ w
-    return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
+    dtype, kept = q.dtype, key_padding_mask
+    first = _first_order(grad, q, k, v, feature_map, causal, normalize, kept, eps)
+    (a, a_slope, _), (b, b_slope, _), pairs = first.a, first.b, first.pairs
+    of_k, of_v = _kept(b_slope * (pairs.mT @ a), kept), first.weights.mT @ first.w
+    return (a_slope * (pairs @ b)).to(dtype), of_k.to(dtype), of_v.to(dtype)
 
 
 def linear_attention_double_backward(
@@ -164,18 +197,13 @@ def linear_attention_double_backward(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to (grad, q, k, v) of sum(u_q * grad_q + u_k * grad_k + u_v * grad_v), of the backward."""
-    dtype = q.dtype
-    visible = _visible(q, k, causal, key_padding_mask)
-    u_q, u_k, u_v, g, q, k, v = _in_compute_dtype(u_q, u_k, u_v, grad, q, k, v)
-    u_k, u_v, k, v = (_kept(x, key_padding_mask) for x in (u_k, u_v, k, v))
-    a, a_slope, a_curvature = features(q, feature_map)
-    b, b_slope, b_curvature = features(k, feature_map)
-    weights = torch.where(visible, a @ b.mT, 0)
-    r = _reciprocal(weights, visible, normalize, eps)
-    n = weights @ v
-    w = r * g
-    e = -r * (w * n).sum(-1, keepdim=True) * normalize
-    pairs = torch.where(visible, w @ v.mT + e, 0)
+    dtype, kept = q.dtype, key_padding_mask
+    visible, v, a_maps, b_maps, weights, r, n, w, e, pairs = _first_order(
+        grad, q, k, v, feature_map, causal, normalize, kept, eps
+    )
+    (a, a_slope, a_curvature), (b, b_slope, b_curvature) = a_maps, b_maps
+    u_q, u_k, u_v = _in_compute_dtype(u_q, u_k, u_v)
+    u_k, u_v = _kept(u_k, kept), _kept(u_v, kept)
 
     a_dot, b_dot = a_slope * u_q, b_slope * u_k
     weights_dot = torch.where(visible, a_dot @ b.mT + a @ b_dot.mT, 0)
@@ -191,4 +219,4 @@ def linear_attention_double_backward(
     of_q = a_curvature * u_q * (pairs @ b) + a_slope * grad_a_dot
     of_k = b_curvature * u_k * (pairs.mT @ a) + b_slope * grad_b_dot
     of_v = weights_dot.mT @ w + weights.mT @ w_dot
-    return o_dot.to(dtype), of_q.to(dtype), _kept(of_k, key_padding_mask).to(dtype), of_v.to(dtype)
+    return o_dot.to(dtype), of_q.to(dtype), _kept(of_k, kept).to(dtype), of_v.to(dtype)
