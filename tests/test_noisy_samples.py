@@ -191,10 +191,10 @@ def test_compile():
         torch.testing.assert_close(actual, expected)
 
 
-def test_gradient_is_the_sum_over_samples(backend):
+def test_twice_against_differences(backend):
     x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: rf.noisy_samples(x, 0.5, 3), x)
-    torch.autograd.gradgradcheck(lambda x: rf.noisy_samples(x, 0.5, 3) ** 3, x)
+    torch.autograd.gradcheck(lambda x: rf.noisy_samples(x, 0.5, 3), x, fast_mode=INTERPRETED)
+    torch.autograd.gradgradcheck(lambda x: rf.noisy_samples(x, 0.5, 3) ** 3, x, fast_mode=INTERPRETED)
 
 
 def test_gradient_has_the_dtype_of_x():
