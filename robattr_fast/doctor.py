@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from robattr_fast import _extension, backends, ops, reference
+from robattr_fast import _extension, backends, build, ops, reference
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.betting_bounds import betting_shares
 from robattr_fast.reference.linear_attention import linear_attention_backward, linear_attention_double_backward
@@ -334,7 +334,8 @@ def _facts() -> Iterator[Fact]:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
     yield Fact("C++ compiler", compiler or "none", "" if compiler else "install g++, or set CXX")
     loaded, where = _extension.load()
-    yield Fact("extension", where if loaded else f"none: {where}", "" if loaded else "python -m robattr_fast.build")
+    advice = _outdated(Path(where)) if loaded else "python -m robattr_fast.build"
+    yield Fact("extension", where if loaded else f"none: {where}", advice)
     for name in _LINKS:
         there = (Path(__file__).parent / name).is_dir()
         advice = "" if there else f"recreate the link: ln -s ../{name} robattr_fast/{name} (or reinstall)"
@@ -346,6 +347,15 @@ def _facts() -> Iterator[Fact]:
     for name, value in sorted(os.environ.items()):
         if name.startswith("ROBATTR_FAST_"):
             yield Fact(name, value)
+
+
+def _outdated(library: Path) -> str:
+    """What to do where the sources of a checkout have changed since ``library`` was built beside them; else nothing."""
+    csrc = build.csrc_folder()
+    if library != build.installed_library() or csrc.is_relative_to(library.parent):
+        return ""
+    newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
+    return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
 
 
 def _version(distribution: str) -> str | None:

@@ -1,6 +1,7 @@
 """The self-checks: every operator has one, a healthy installation passes it, a wrong kernel does not."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -64,3 +65,18 @@ def test_report_is_json_and_names_what_is_missing(monkeypatch):
     assert facts["never-heard-of"]["advice"] == "pip install 'robattr-fast[cli]'"
     assert "ln -s" in facts["robattr_fast/no_such_link"]["advice"]
     assert facts["torch"]["value"] == torch.__version__
+
+
+def test_an_extension_older_than_its_sources_is_named(monkeypatch, tmp_path):
+    library, source = tmp_path / "package" / "_C.abi3.so", tmp_path / "csrc" / "a.cpp"
+    for path in (source, library):
+        path.parent.mkdir()
+        path.touch()
+    monkeypatch.setattr(doctor.build, "installed_library", lambda: library)
+    monkeypatch.setattr(doctor.build, "csrc_folder", lambda: source.parent)
+    os.utime(source, (1, 1))
+    assert doctor._outdated(library) == ""
+    os.utime(library, (0, 0))
+    assert doctor._outdated(library) == "a.cpp of csrc/ is newer: make install"
+    monkeypatch.setattr(doctor.build, "installed_library", lambda: tmp_path / "elsewhere")
+    assert doctor._outdated(library) == ""
