@@ -86,7 +86,10 @@ class Recomputation:
     ) -> list[torch.Tensor | None]:
         """Gradients with respect to x and the parameters, for the gradient [B, *S] of the map."""
         sampler = self.sampler
-        weight = cotangent.to(torch.float64) / samples
+        # The model's passes may be in half precision, where small cotangents would vanish.
+        largest = cotangent.abs().amax().to(torch.float64)
+        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        weight = cotangent.to(torch.float64) / scale
         inputs = [sampler.x, *self._own]
         # Half types would lose what later samples add.
         sums = [
@@ -109,7 +112,10 @@ class Recomputation:
             for total, gradient in zip(sums[1:], gradients, strict=True):
                 if total is not None and gradient is not None:
                     total += gradient
-        return [None if total is None else total.to(like.dtype) for total, like in zip(sums, inputs, strict=True)]
+        return [
+            None if total is None else (total * (scale / samples)).to(like.dtype)
+            for total, like in zip(sums, inputs, strict=True)
+        ]
 
     def _gradients(
         self,

@@ -20,6 +20,12 @@ def device_model(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def peak_memory() -> int:
+    """The most memory that this process has held at a time, in bytes; getrusage would count its parent's too."""
+    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak) * 1024
+
+
 def versions() -> dict[str, str]:
     """Of everything that may change a number."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__}

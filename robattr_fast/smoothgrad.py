@@ -221,7 +221,7 @@ def smoothgrad(
     recomputation = Recomputation(model, sampler, row_map, x) if differentiable else None
     if recomputation is not None:
         recomputation.check(first_sample)
-    sampler.set_batch_size(batch_size, samples)
+    sampler.set_batch_size(batch_size, samples * x.shape[0])
     reporter = _Reporter(progress, x.shape[0], samples)
     done, wanted = [0] * x.shape[0], [samples] * x.shape[0]
     while segments := next_batch(done, wanted, first_sample, sampler.batch_size):

@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import robattr_fast as rf
-from robattr_fast import images
+from robattr_fast import images, machine
 from robattr_fast.bench import base, certificates, records, registry, render, run
 from robattr_fast.bench.context import Base, Context
 from robattr_fast.bench.measure import OURS, interleave, limit, ratio, spread
@@ -104,6 +105,13 @@ def test_every_side_does_its_work(name, device):
     assert answer["seconds"] > 0
     assert answer["units"] > 0
     json.dumps(answer)
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    held = np.ones(50_000_000)  # 400 MB
+    program = f"import runpy; print(runpy.run_path({machine.__file__!r})['peak_memory']())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < machine.peak_memory() - 0.5 * held.nbytes
 
 
 @pytest.mark.parametrize(
@@ -360,6 +368,12 @@ def test_certificates_are_found_again(at_looks, tmp_path):
     with pytest.raises(ValueError, match=r"certificates: got .*512\.safetensors, takes a folder"):
         certificates.find(folder / "digit.00512.safetensors", MODEL, IMAGE[0])
     assert certificates.find(folder, MODEL, IMAGE[0] / 2) == {}
+    other = tmp_path / "other"
+    other.mkdir()
+    for changed in ({"seed": 1}, {"alpha": 0.1}, {"versions": {"torch": "1.0"}}):
+        cert = dataclasses.replace(made[512].settings, **changed)
+        rf.Certificate(**made[512].tensors, settings=cert).save(other / "digit.00512.safetensors")
+        assert certificates.find(other, MODEL, IMAGE[0]) == {}
     assert certificates.find(tmp_path / "nowhere", MODEL, IMAGE[0]) == {}
     (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
     assert certificates.find(tmp_path, MODEL, IMAGE[0]) == {}

@@ -477,3 +477,8 @@ def test_deflation_certifies_what_one_ball_does_not():
     for share, radius in zip(shares, radii, strict=True):
         if share:
             assert float(cert.radius(10, share, "second-moment")[0]) >= radius
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="planned samples must be at least 1, got 0"):
+        Certificate.from_samples(torch.zeros(1, 0, 10, dtype=torch.uint8), num_levels=1, sigma=0.2)

@@ -13,6 +13,7 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
+from robattr_fast import sampling
 from robattr_fast.certify import Overlap, engine, files
 from robattr_fast.certify.concentration import GramSummary, summarize_gram
 
@@ -286,6 +287,24 @@ def test_a_run_that_goes_on_elsewhere_names_both_places(tmp_path):
     again = rf.certify(MODEL, images(), **COMMON, batch_size=8, checkpoint=path)
     assert again.settings.versions["torch"] == f"1.0 + {torch.__version__}"
     assert again.settings.versions["numpy"] == first.settings.versions["numpy"]
+
+
+def test_a_certificate_is_no_checkpoint(tmp_path):
+    path = tmp_path / "run.safetensors"
+    rf.certify(MODEL, images(), **COMMON).save(path)
+    with pytest.raises(ValueError, match="is a certificate, from which no run can go on"):
+        rf.certify(MODEL, images(), **COMMON, checkpoint=path)
+
+
+def test_a_run_that_goes_on_without_folding_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    model, x = small_cnn(), images()[:, :1]
+    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    with crashing_after(2), pytest.raises(Crash):
+        rf.certify(model, x, **COMMON, batch_size=8, checkpoint=path)
+    assert rf.Certificate.load(path).settings.folded is True
+    monkeypatch.setattr(sampling, "fold_batchnorm", lambda model, batch: (model, False))
+    assert rf.certify(model, x, **COMMON, batch_size=8, checkpoint=path).settings.folded is None
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it writes, what it prints, how it fails."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from robattr_fast import BackendError, Certificate, Progress, backends, images
-from robattr_fast.certify import Overlap, certify
+from robattr_fast.certify import certify
 from robattr_fast.cli import app as cli_app
 from robattr_fast.cli import certify as cli_certify
 from robattr_fast.cli import results
@@ -168,8 +169,8 @@ def test_the_table_tells_which_method_won(folder):
     assert run("photo.png", samples=512).exit_code == 0
     cert, radii = Certificate.load("out/photo.safetensors"), [0.01, 0.1]
     run_results = results.Results(folder / "out", {"k": 0.2}, radii, torch.device("cpu"))
-    won = Overlap(torch.tensor([[0.5], [0.25]]), np.array([["marginal"], ["second-moment"]]))
-    run_results.rows.append(results.Row("photo", "", 0, results.label(cert, None), cert, 72, won, 1.0))
+    row = results.Row.of(cert, results.label(cert, None), 72, radii, name="photo")
+    run_results.rows.append(dataclasses.replace(row, shares=[0.5, 0.25], methods=["marginal", "second-moment"]))
     console = Console(file=io.StringIO(), width=80)
     console.print(run_results.table())
     title, head, shares, cosines = console.file.getvalue().splitlines()

@@ -196,6 +196,18 @@ def test_half_types():
     assert x.grad.isfinite().all()
 
 
+def test_small_gradients_survive_half_precision():
+    """As of a mean over all elements of many images: weights that float16 does not have."""
+    model, x = trained_cnn(torch.float16), images(torch.float16)
+    with torch.no_grad():
+        model[-1].weight *= 64
+    smoothed = rf.smoothgrad(model, x, target=1, differentiable=True, kind="squared", **COMMON)
+    assert smoothed.dtype == torch.float32
+    usual, small = gradients(smoothed, 1.0, x, model), gradients(smoothed, 2.0**-18, x, model)
+    for one, other in zip(usual, small, strict=True):
+        torch.testing.assert_close(other.double() * 2**18, one.double(), rtol=0, atol=float(one.abs().max()) / 100)
+
+
 def test_image_ids_and_first_sample_reach_the_backward_pass():
     model, x = trained_cnn(), images(count=3)
     settings = COMMON | {"differentiable": True, "kind": "squared", "batch_size": 4}

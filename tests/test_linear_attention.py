@@ -396,15 +396,14 @@ def test_every_instruction_set(isa):
 
 
 _MEMORY_PROGRAM = """
-import resource, sys, torch, robattr_fast as rf
+import sys, torch, robattr_fast as rf
+from robattr_fast.machine import peak_memory as peak
 def run(n):
     tensors = [torch.rand(1, 1, n, 64).requires_grad_() for _ in range(3)]
     out = rf.linear_attention(*tensors, causal=sys.argv[1] == "causal")
     first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
     assert all(x.isfinite().all() for x in second)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with rf.backends.use("cpu", strict=True):
     run(64)
     before = peak()

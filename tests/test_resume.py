@@ -253,3 +253,18 @@ def test_bad_options(folder, options, message):
     result = certify(*options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_an_image_that_joins_a_finished_one_goes_on_where_it_ended(folder):
+    """Small images share batches: the checkpoint of a group holds those that were not finished before."""
+    options = ["--stop-overlap", 0.3, "--stop-radius", 0.001, "--k", 0.2]
+    for index in (1, 2):
+        os.rename(f"photos/photo{index}.png", f"photo{index}.png")
+    assert certify(*options, samples=4000, model="counting").exit_code == 0
+    for index in (1, 2):
+        os.rename(f"photo{index}.png", f"photos/photo{index}.png")
+    assert certify(*options, samples=4000, model="interrupted").exit_code == 130
+    assert certify(*options, samples=4000, model="counting").exit_code == 0
+    assert names().count("photo1.checkpoint") == 0
+    certs = [Certificate.load(f"out/photo{index}.safetensors") for index in range(IMAGES)]
+    assert all(float(cert.overlap(72, 0.001).share) >= 0.3 for cert in certs)

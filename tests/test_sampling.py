@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import Elementwise, small_cnn
@@ -10,12 +11,15 @@ from torch import nn
 
 import robattr_fast as rf
 from robattr_fast import sampling
-from robattr_fast.certify import engine
+from robattr_fast.certify import Overlap, engine
 from robattr_fast.certify.replay import replay
 
 X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 300}
 EXPECTED = rf.certify(Elementwise(1, 12, 12).eval(), X, **COMMON, batch_size=16)
+
+
+NOTHING = Overlap(torch.zeros(1), np.array(["marginal"]))
 
 
 def allocate_too_much():
@@ -74,10 +78,58 @@ def test_the_batch_is_halved_and_the_run_goes_on(fail, backward, caplog):
         certificate = rf.certify(model, X, **COMMON, batch_size=64)
     warnings = [record.getMessage() for record in caplog.records if record.name == "robattr_fast"]
     assert warnings == [f"out of memory: going on with batches of {rows} rows" for rows in (32, 16, 8)]
-    assert certificate.settings.batch_size == 8
+    assert certificate.settings.batch_size is None  # samples were taken at 64 and at 8
     assert model.sizes.count(64) == 6  # five that fit, the one that did not
     assert torch.equal(certificate.counts, EXPECTED.counts)
     assert torch.equal(certificate.class_counts, EXPECTED.class_counts)
+
+
+def test_halved_before_the_first_sample():
+    model = Limited(lambda calls: 10)
+    assert rf.certify(model, X, **COMMON, batch_size=64).settings.batch_size == 8
+
+
+@pytest.mark.parametrize(("batch_size", "recorded"), [(16, 16), (24, None)])
+def test_batches_that_looks_cut_are_not_recorded(batch_size, recorded):
+    """A replay puts each sample into the row that its index gives."""
+    stop = rf.StopWhen(k=20, radius=0.3, overlap=1.0)
+    arguments = {"sigma": 0.3, "samples": 300, "second_moment": False, "batch_size": batch_size}
+    model = Elementwise(1, 12, 12).eval()
+    assert rf.certify(model, X[:1], **arguments, stop=stop).settings.batch_size == recorded
+    assert rf.certify(model, X[:1], **arguments).settings.batch_size == batch_size
+
+
+def test_the_last_look_is_left_to_who_asks(monkeypatch):
+    looked = []
+    monkeypatch.setattr(rf.Certificate, "overlap", lambda self, k, radius: looked.append(int(self.samples)) or NOTHING)
+    stop = rf.StopWhen(k=20, radius=0.1, overlap=0.5)
+    rf.certify(Elementwise(1, 12, 12).eval(), X[:1], sigma=0.3, samples=200, second_moment=False, stop=stop)
+    assert looked
+    assert max(looked) < 200
+
+
+@pytest.mark.parametrize("run", [rf.smoothgrad, rf.certify])
+def test_the_trial_counts_the_samples_of_all_images(monkeypatch, run):
+    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    sizes = []
+    original = sampling.Sampler.set_batch_size
+
+    def watched(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        sizes.append(self.batch_size)
+
+    monkeypatch.setattr(sampling.Sampler, "set_batch_size", watched)
+    run(Elementwise(1, 12, 12).eval(), X[:1].repeat(16, 1, 1, 1), sigma=0.3, samples=8)
+    assert sizes == [128]
+
+
+def test_pilot_batches_hold_one_image(monkeypatch):
+    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    model = Limited(lambda calls: 1000)
+    rf.suggest(model, X[:1].repeat(4, 1, 1, 1), 10, 0.1, sigma=0.3, samples=64, pilot=16, taus=[0.2], levels=[1])
+    assert max(model.sizes) == 16
 
 
 def test_smoothgrad_goes_on_as_well():

@@ -28,6 +28,9 @@ RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192
 """Of the headline: what is asked of every certificate."""
 
 _FIRST_LOOK, _GROWTH = 256, 2 ** (1 / 6)
+_OF_A_RUN = ("planned_samples", "intervals", "batch_size", "memory_format", "folded")
+"""Settings in which certificates at looks may differ from each other, or from another run's."""
+
 METHODS = ("published", "marginal", "second-moment")
 """The published bound (Hoeffding, union over all elements, all of alpha); T3 and T4 by betting; T7."""
 
@@ -60,29 +63,43 @@ def overlaps(cert: Certificate) -> dict[str, float]:
     }
 
 
+def _settings(module: nn.Module, x: torch.Tensor) -> Settings:
+    """Of the certificates of image x [C, H, W], but for _OF_A_RUN."""
+    return Settings(
+        sigma=SIGMA,
+        shape=tuple(x.shape),
+        levels=1,
+        tau=TAU,
+        gamma=TAU,
+        explain="gradient",
+        seed=0,
+        stream_version=STREAM_VERSION,
+        image_ids=(images.image_id(x),),
+        alpha=ALPHA,
+        second_moment=True,
+        retain=RETAIN,
+        model_fingerprint=model.fingerprint(module),
+        input_hashes=(model.input_hash(x),),
+        batch_images=1,
+        **environment(x.device),
+    )
+
+
 def find(folder: Path, module: nn.Module, x: torch.Tensor) -> dict[int, Certificate]:
     """By number of samples the certificates of image x [C, H, W] and module in a folder that fit."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"certificates: got {folder}, takes a folder")
     files = sorted(folder.glob("*.safetensors"))
-    wanted = {
-        "sigma": SIGMA,
-        "tau": TAU,
-        "levels": 1,
-        "alpha": ALPHA,
-        "explain": "gradient",
-        "channel_sum": False,
-        "target": None,
-        "model_fingerprint": model.fingerprint(module),
-        "input_hashes": (model.input_hash(x),),
-    }
+    wanted = _settings(module, x)
     found = {}
     for file in files:
         try:
             cert = Certificate.load(file)
         except CertificateFileError:
             continue  # not ours to judge: it is not used
-        if len(cert) == 1 and all(getattr(cert.settings, name) == value for name, value in wanted.items()):
+        settings = cert.settings
+        same = dataclasses.replace(settings, **{name: getattr(wanted, name) for name in _OF_A_RUN}) == wanted
+        if len(cert) == 1 and same and settings.planned_samples == (int(cert.samples[0]),):
             found[int(cert.samples[0])] = cert
     return dict(sorted(found.items()))
 
@@ -102,26 +119,8 @@ def make(
     sampler = Sampler(private, x[None], sigma=SIGMA, target=None, explain="gradient", seed=0, image_ids=ids)
     classes = sampler.prepare()
     sampler.set_batch_size("auto", planned)
-    settings = Settings(
-        sigma=SIGMA,
-        shape=tuple(x.shape),
-        levels=1,
-        tau=TAU,
-        gamma=TAU,
-        explain="gradient",
-        seed=0,
-        stream_version=STREAM_VERSION,
-        image_ids=tuple(ids.tolist()),
-        planned_samples=(planned,),
-        alpha=ALPHA,
-        second_moment=True,
-        retain=RETAIN,
-        model_fingerprint=model.fingerprint(module),
-        input_hashes=(model.input_hash(x),),
-        folded=sampler.folded,
-        memory_format=sampler.memory_format,
-        batch_images=1,
-        **environment(x.device),
+    settings = dataclasses.replace(
+        _settings(module, x), planned_samples=(planned,), folded=sampler.folded, memory_format=sampler.memory_format
     )
     # A run that was planned to end at a look divides its samples into other blocks: all of them are kept.
     state = State(settings, 1, classes, x.device, keep_samples=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from robattr_fast.bench import certificates
+from robattr_fast.bench import certificates, records
 from robattr_fast.bench.context import Context
 from robattr_fast.bench.measure import OURS, Result, interleave, limit, rates, ratio, spread
 from robattr_fast.bench.process import Process
@@ -107,12 +107,14 @@ def _curve(context: Context, model: str, image: str, planned: int, result: Resul
     loaded = models.load(model)
     x = images.read(images.find([image])[0].path, loaded.preprocess)
     result.details["n"] = x.numel()
-    found = certificates.find(context.certificates, loaded.module, x)
+    # Another commit may make others of the same samples.
+    folder = context.certificates / (records.commit()["commit"] or "")[:9]
+    found = certificates.find(folder, loaded.module, x)
     if not set(found) >= set(certificates.looks(planned)):
         # Of a few certificates alone it cannot be told how many samples are enough.
         if context.quick:
             return {}
-        found = certificates.make(context.certificates, image, loaded.module, x, planned=planned, told=context.told)
+        found = certificates.make(folder, image, loaded.module, x, planned=planned, told=context.told)
     curve = {}
     for samples, cert in found.items():
         context.told(f"{image}: what {samples} samples certify")

@@ -5,9 +5,7 @@ This file is run beside any commit of the package: it takes public names where t
 
 from __future__ import annotations
 
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -260,13 +258,15 @@ def _evaluation(spec: Spec) -> Side:
 
 def _memory(spec: Spec) -> Side:
     """Peak resident memory of this process after one `certify` of ``samples`` samples, as ``bytes``."""
+    from robattr_fast.machine import peak_memory
+
     model, x = model_and_image(spec)
 
     def round() -> dict[str, Any]:
         start = time.perf_counter()
         rf.certify(model, x, sigma=SIGMA, tau=TAU, samples=spec["samples"], retain=spec["retain"], batch_size=16)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"seconds": time.perf_counter() - start, "units": spec["samples"], "bytes": peak}
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "units": spec["samples"], "bytes": peak_memory()}
 
     return round
 

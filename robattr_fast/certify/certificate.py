@@ -305,17 +305,15 @@ class Certificate:
         Raises:
             ValueError: k, radius or method out of range.
         """
-        self._check_method(method)
+        self._check_query(k, method)
         radii, scalar = _radii(radius)
-        marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
-        if method == "marginal" or not any(moments.proved for moments in self._moments):
-            count, won = marginal_count, np.full(marginal_count.shape, "marginal")
-        else:
-            count = self._moment_counts(k, radii)
-            won = np.full(count.shape, "second-moment")
-            if method == "best":
-                won = np.where(count > marginal_count, won, "marginal")
-                count = count.maximum(marginal_count)
+        by_moments = method != "marginal" and any(moments.proved for moments in self._moments)
+        count = self._moment_counts(k, radii) if by_moments else torch.zeros(len(radii), len(self), dtype=torch.int64)
+        won = np.full(count.shape, "second-moment")
+        if not by_moments or method == "best":
+            marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
+            won = np.where(by_moments & (count > marginal_count), won, "marginal")
+            count = count.maximum(marginal_count)
         share = count.double() / k
         return Overlap(share[0], won[0]) if scalar else Overlap(share, won)
 
@@ -325,21 +323,21 @@ class Certificate:
         0 where it is not reached at any radius, inf where it holds at all. overlap: a share in (0, 1]; k, method as in
         `overlap`, whose inverse this is.
         """
-        self._check_method(method)
+        self._check_query(k, method)
         if not 0 < overlap <= 1:
             raise ValueError(f"overlap must lie in (0, 1], got {overlap}")
-        gaps = self._gaps(k)
         # The least count whose share, rounded as `overlap` rounds it, is enough.
         count = math.ceil(overlap * k)
         if count / k < overlap:
             count += 1
         elif (count - 1) / k >= overlap:
             count -= 1
-        radius = marginal.certified_radius(gaps, count, self.settings.n)
-        if method == "marginal":
-            return radius
-        by_moments = torch.tensor([moments.radius(k, count) for moments in self._moments], dtype=torch.float64)
-        return by_moments if method == "second-moment" else radius.maximum(by_moments)
+        found = []
+        if method != "second-moment":
+            found.append(marginal.certified_radius(self._gaps(k), count, self.settings.n))
+        if method != "marginal":
+            found.append(torch.tensor([moments.radius(k, count) for moments in self._moments], dtype=torch.float64))
+        return torch.stack(found).amax(0)
 
     def distance(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Upper bound on the L2 distance from the displayed map to the smoothed map anywhere within an L2 radius (T7).
@@ -435,7 +433,11 @@ class Certificate:
     def _shaped(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(len(self), *self.settings.shape)
 
-    def _check_method(self, method: str) -> None:
+    def _check_query(self, k: int, method: str) -> None:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {type(k).__name__}")
+        if not 1 <= k <= self.settings.n // 2:
+            raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "second-moment":
@@ -482,10 +484,6 @@ class Certificate:
 
     def _gaps(self, k: int) -> torch.Tensor:
         """Radii below which at least 1..k elements of the displayed top-k stay, float64 [B, k], best over slack."""
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
-        if not 1 <= k <= self.settings.n // 2:
-            raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
         if k not in self._gaps_by_k:
             top = marginal.top_k(self.map.flatten(1), k)
             gaps = [

@@ -47,7 +47,12 @@ def look_schedule(planned: int) -> dict[int, float]:
 
 
 def block_rows(planned: int, retain: int) -> int:
-    """Rows of each block of retained samples: equal blocks of at most ``retain``, as few as can use up the plan."""
+    """Rows of each block of retained samples: equal blocks of at most ``retain``, as few as can use up the plan.
+
+    ValueError if nothing is planned.
+    """
+    if planned < 1:
+        raise ValueError(f"planned samples must be at least 1, got {planned}")
     return planned // -(-planned // retain)
 
 

@@ -135,9 +135,9 @@ def summarize_deflated(gram: Tensor, coordinates: Tensor, squares: tuple[float, 
 
 def _combined(weights: Tensor, rows: Tensor, num_levels: int) -> Tensor:
     """weights float32 ``[2, m]`` times packed rows: float32 ``[2, elements]``, one position of all bytes at a time."""
-    bits = bits_per_element(num_levels)
+    bits, weights = bits_per_element(num_levels), weights.to(rows.device)
     parts = [weights @ ((rows >> shift) & (2**bits - 1)).to(torch.float32) for shift in range(0, 8, bits)]
-    return torch.stack(parts, dim=-1).flatten(1)
+    return torch.stack(parts, dim=-1).flatten(1).cpu()
 
 
 def _integer_products(rows: Tensor, directions: Tensor, num_levels: int) -> Tensor:

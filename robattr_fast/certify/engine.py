@@ -77,6 +77,8 @@ class _Run:
     stop: StopWhen | None
     checkpoint: Path | None
     progress: Callable[[Progress], None] | None
+    batch_size: int | None
+    """Of all samples so far; None if they differ."""
 
     def __post_init__(self) -> None:
         several = self.stop is not None and self.state.retained and self.samples >= 2
@@ -87,14 +89,26 @@ class _Run:
             self._look(image)
         self.last_report = self.last_save = time.monotonic()
 
+    @property
+    def recorded_batch_size(self) -> int | None:
+        """None where samples were not all taken in batches of one size, or not each in the row of its index."""
+        size = self.batch_size
+        if size is None or size != self.sampler.batch_size:
+            return None
+        # A look ends the batch of a single image early.
+        return None if self.stop is not None and len(self.wanted) == 1 and _FIRST_LOOK % size else size
+
     def certificate(self, image: int | None = None, *, moments: bool = True) -> Certificate:
-        return self.state.certificate(self.first_sample, self.sampler.batch_size, image, moments=moments)
+        return self.state.certificate(self.first_sample, self.recorded_batch_size, image, moments=moments)
 
     def finish(self) -> Certificate:
         """Take all samples that are left."""
         with DeferredInterrupt() as interrupt:
             while segments := next_batch(self.state.done, self.wanted, self.first_sample, self.sampler.batch_size):
-                for scored in self.sampler.run(segments):
+                batch = self.sampler.run(segments)
+                if not any(self.state.done):
+                    self.batch_size = self.sampler.batch_size
+                for scored in batch:
                     self.state.add(scored, self.first_sample)
                     self._look(scored.segment.image)
                 self._report(segments[-1].image)
@@ -110,7 +124,7 @@ class _Run:
     def _look(self, image: int) -> None:
         """At a scheduled look, stop the image if what is wanted is certified: betting bounds hold at any time."""
         done = self.state.done[image]
-        if self.stop is None or done not in self.looks:
+        if self.stop is None or done not in self.looks or done == self.samples:
             return
         certificate = self.certificate(image, moments=done in self.moment_looks)
         share = certificate.overlap(self.stop.k, self.stop.radius).share
@@ -136,7 +150,7 @@ class _Run:
         if self.checkpoint is None or not (final or time.monotonic() - self.last_save >= _CHECKPOINT_SECONDS):
             return
         try:
-            self.state.save(self.checkpoint, self.first_sample, self.sampler.batch_size, final=final)
+            self.state.save(self.checkpoint, self.first_sample, self.recorded_batch_size, final=final)
         except OSError as error:
             _logger.warning("checkpoint: %s cannot be written (%s); the run goes on", self.checkpoint, error)
         self.last_save = time.monotonic()
@@ -331,12 +345,15 @@ def certify(
             # Rows beyond the first look of every image would be padding.
             useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
             sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format, largest=useful)
+            size: int | None = sampler.batch_size
+            folded: bool | None = sampler.folded
         else:
             then = resumed.settings
             sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
-        settings = dataclasses.replace(settings, folded=sampler.folded, memory_format=sampler.memory_format)
+            size, folded = then.batch_size, sampler.folded if sampler.folded == then.folded else None
+        settings = dataclasses.replace(settings, folded=folded, memory_format=sampler.memory_format)
         state = State(settings, x.shape[0], classes, x.device, keep_samples=keep_samples)
         if resumed is not None and path is not None:
             state.restore(path)
         report = _print_progress if progress is True else progress or None
-        return _Run(sampler, state, first_sample, samples, stop, path, report).finish()
+        return _Run(sampler, state, first_sample, samples, stop, path, report, size).finish()

@@ -46,10 +46,11 @@ def no_summary(images: int) -> torch.Tensor:
 def grow_gram(gram: torch.Tensor | None, rows: torch.Tensor, num_levels: int) -> torch.Tensor:
     """The Gram matrix int64 [m, m] of packed rows uint8 [m, row_bytes], given that of the first few (or None).
 
-    Only products with a new row are formed: to grow to m costs as much, in all, as one matrix of m rows.
+    Only products with a new row are formed: to grow to m costs as much, in all, as one matrix of m rows. They are
+    formed where the rows are; the matrix is on the CPU.
     """
     if gram is None:
-        return packed_gram(rows, num_levels)
+        return packed_gram(rows, num_levels).cpu()
     old, new = rows[: len(gram)], rows[len(gram) :]
     if len(new) == 0:
         return gram

@@ -124,7 +124,7 @@ class State:
         return h.isnan().any(dim=1).sum(dtype=torch.int32)
 
     def certificate(
-        self, first_sample: int, batch_size: int, image: int | None = None, *, moments: bool = True
+        self, first_sample: int, batch_size: int | None, image: int | None = None, *, moments: bool = True
     ) -> Certificate:
         """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
         self.check()
@@ -161,7 +161,7 @@ class State:
             packed[image, : len(rows)] = rows
         return packed
 
-    def save(self, path: str | os.PathLike, first_sample: int, batch_size: int, *, final: bool = False) -> None:
+    def save(self, path: str | os.PathLike, first_sample: int, batch_size: int | None, *, final: bool = False) -> None:
         """Write the certificate so far and the rows of the blocks that are not complete, or are kept.
 
         Second moments of incomplete blocks cost time: they are written at the end only.
@@ -185,6 +185,8 @@ class State:
     def restore(self, path: str | os.PathLike) -> None:
         """Go on from what `save` wrote."""
         tensors, _ = files.load(path)
+        if self.retained and f"{files.CHECKPOINT}invalid" not in tensors:
+            raise ValueError(f"checkpoint: {path} is a certificate, from which no run can go on; takes a new path")
         for name in ("counts", "sums", "invalid", "class_counts"):
             mine = getattr(self, name)
             if mine is not None:
@@ -266,7 +268,7 @@ class Retained:
             return self.finished
         if self._summary is None:
             assert self.settings.levels is not None
-            rows = self.rows()[self._first :].cpu()
+            rows = self.rows()[self._first :]
             self._gram = grow_gram(self._gram, rows, self.settings.levels)
             self._summary = self.finished.with_block(rows, self._gram, int(self.invalid))
         return self._summary

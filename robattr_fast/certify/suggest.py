@@ -184,7 +184,7 @@ def suggest(
         _model.private_copy(model), x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids
     )
     classes = sampler.prepare()
-    sampler.set_batch_size(batch_size, pilot * x.shape[0])
+    sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
     found: list[list[_Expected]] = [[] for _ in maps]
     for image in range(x.shape[0]):
         for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot, classes), strict=True):

@@ -95,10 +95,9 @@ def _row_faults(cert: Certificate, record: Record) -> list[str]:
     try:
         k = int(said["k"])
         radii = [known.get(name.partition("@")[2]) or float(name.partition("@")[2]) for name in columns]
-        overlaps = cert.overlap(k, radii)
+        row = Row.of(cert, label(cert, None), k, radii)
     except (KeyError, ValueError, TypeError) as error:
         return [f"{TABLE}: its row cannot be checked: {error}"]
-    row = Row("", "", _only(cert.settings.image_ids), label(cert, None), cert, k, overlaps, 0.0)
     held = row.tsv(radii)
     return [
         f"{TABLE} says {name} {said.get(name)}, the counts give {value}"

@@ -14,8 +14,9 @@ import torch
 from rich.table import Table
 
 from robattr_fast import backends
-from robattr_fast.certify import Certificate, Overlap
+from robattr_fast.certify import Certificate
 from robattr_fast.certify.files import write_atomically
+from robattr_fast.certify.settings import Settings
 from robattr_fast.machine import device_model, versions
 from robattr_fast.rounding import percent, radius, rounded_cosine
 from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
@@ -46,32 +47,61 @@ class Row:
 
     name: str
     source: str
-    image_id: int
+    image_id: int | None
     label: Label
-    cert: Certificate
     k: int
-    overlaps: Overlap  # at the R radii of the run, [R, 1]
+    shares: list[float]
+    methods: list[str]
+    cosines: list[float | None]
+    """Certified cosine of the maps; None without second moments. This and the two above at each radius of the run."""
+    samples: int
+    invalid: int
+    bound: str
+    reason: str | None
+    """Why ``bound`` is not the one asked for."""
+    settings: Settings
     seconds: float
     index: int = 0
     """Its place in the run."""
 
-    @property
-    def shares(self) -> list[float]:
-        return self.overlaps.share[:, 0].tolist()
+    @classmethod
+    def of(
+        cls,
+        cert: Certificate,
+        label: Label,
+        k: int,
+        radii: Sequence[float],
+        *,
+        name: str = "",
+        source: str = "",
+        seconds: float = 0.0,
+        index: int = 0,
+    ) -> Row:
+        """What ``cert``, of one image, says; it is not kept, for a run may have thousands."""
+        overlaps, ids = cert.overlap(k, radii), cert.settings.image_ids
+        return cls(
+            name=name,
+            source=source,
+            image_id=ids[0] if ids else None,
+            label=label,
+            k=k,
+            shares=overlaps.share[:, 0].tolist(),
+            methods=overlaps.method[:, 0].tolist(),
+            cosines=cert.cosine(radii)[:, 0].tolist() if cert.has_second_moments else [None] * len(radii),
+            samples=int(cert.samples[0]),
+            invalid=int(cert.invalid[0]),
+            bound=cert.evaluated_bound,
+            reason=cert.reason,
+            settings=cert.settings,
+            seconds=seconds,
+            index=index,
+        )
 
-    @property
-    def methods(self) -> list[str]:
-        return self.overlaps.method[:, 0].tolist()
-
-    def cosines(self, radii: Sequence[float]) -> list[float | None]:
-        """Certified cosine of the maps at each radius; None without second moments."""
-        return self.cert.cosine(radii)[:, 0].tolist() if self.cert.has_second_moments else [None] * len(radii)
-
-    def cells(self, radii: Sequence[float]) -> list[str]:
+    def cells(self) -> list[str]:
         """What the table says of each radius: the share, a star if second moments certify it, below it the cosine."""
         starred = "second-moment" in self.methods
         cells = []
-        for share, method, cosine in zip(self.shares, self.methods, self.cosines(radii), strict=True):
+        for share, method, cosine in zip(self.shares, self.methods, self.cosines, strict=True):
             star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
             below = f"\n[not bold dim]cos {rounded_cosine(cosine)}[/]" if cosine else ""
             cells.append(percent(share) + star + below)
@@ -79,7 +109,7 @@ class Row:
 
     def tsv(self, radii: Sequence[float]) -> dict[str, Any]:
         """Columns of certificates.tsv, in full precision."""
-        settings = self.cert.settings
+        settings = self.settings
         return {
             "name": self.name,
             "source": self.source,
@@ -87,19 +117,19 @@ class Row:
             "class": self.label.number,
             "class_name": self.label.name,
             "label_radius": self.label.radius,
-            "samples": int(self.cert.samples[0]),
-            "invalid": int(self.cert.invalid[0]),
+            "samples": self.samples,
+            "invalid": self.invalid,
             "sigma": settings.sigma,
             "tau": settings.tau,
             "gamma": settings.gamma,
             "levels": settings.levels,
             "alpha": settings.alpha,
-            "bound": self.cert.evaluated_bound,
+            "bound": self.bound,
             "n": settings.n,
             "k": self.k,
             **_per_radius("overlap", radii, self.shares),
             **_per_radius("method", radii, self.methods),
-            **_per_radius("cosine", radii, self.cosines(radii)),
+            **_per_radius("cosine", radii, self.cosines),
             "seconds": round(self.seconds, 3),
         }
 
@@ -145,7 +175,7 @@ class Results:
         write_atomically(self.folder / MANIFEST, manifest.encode() + b"\n")
 
     def _manifest(self) -> dict[str, Any]:
-        used = self.rows[0].cert.settings if self.rows else None
+        used = self.rows[0].settings if self.rows else None
         return {
             "settings": self.settings,
             "model_fingerprint": used and used.model_fingerprint,
@@ -161,9 +191,9 @@ class Results:
                     "name": row.name,
                     "source": row.source,
                     "image_id": row.image_id,
-                    "input_hash": (row.cert.settings.input_hashes or (None,))[0],
-                    "batch_size": row.cert.settings.batch_size,
-                    "memory_format": row.cert.settings.memory_format,
+                    "input_hash": (row.settings.input_hashes or (None,))[0],
+                    "batch_size": row.settings.batch_size,
+                    "memory_format": row.settings.memory_format,
                     "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
                     "seconds": round(row.seconds, 3),
                 }
@@ -192,25 +222,25 @@ class Results:
         for row in self.rows:
             table.add_row(
                 row.name,
-                *row.cells(self.radii),
+                *row.cells(),
                 row.label.name,
                 radius(row.label.radius) if row.label.radius > 0 else "abstains",
-                str(int(row.cert.samples[0])),
+                str(row.samples),
                 f"{row.seconds:.0f} s",
             )
         return table
 
     def footnote(self) -> str:
         """What the table's numbers mean."""
-        cert = self.rows[0].cert
+        first = self.rows[0]
         note = (
-            f"With confidence {100 * (1 - cert.settings.alpha):g} %, whatever the perturbation of that L2 norm "
-            f"(pixels in [0, 1]; noise sigma {cert.settings.sigma:g}; {cert.evaluated_bound} bounds)."
+            f"With confidence {100 * (1 - first.settings.alpha):g} %, whatever the perturbation of that L2 norm "
+            f"(pixels in [0, 1]; noise sigma {first.settings.sigma:g}; {first.bound} bounds)."
         )
-        for reason in dict.fromkeys(row.cert.reason for row in self.rows if row.cert.reason):
+        for reason in dict.fromkeys(row.reason for row in self.rows if row.reason):
             note += f" {reason[0].upper()}{reason[1:]}."
         if any("second-moment" in row.methods for row in self.rows):
             note += f" {_STAR} by second moments, the others element by element."
-        if any(any(row.cosines(self.radii)) for row in self.rows):
+        if any(any(row.cosines) for row in self.rows):
             note += " cos: least cosine of the map with the perturbed one."
         return note

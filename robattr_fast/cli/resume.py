@@ -61,6 +61,13 @@ class Earlier:
         """Where the unfinished samples of an image are kept."""
         return self._folder / f"{source.name}{CHECKPOINT}"
 
+    def held(self, source: images.Source) -> tuple[int, ...]:
+        """The ids of the images in the checkpoint named after this one; none if it cannot be read."""
+        try:
+            return Certificate.load(self.checkpoint(source)).settings.image_ids or ()
+        except (CertificateFileError, OSError):
+            return ()
+
     def finished(
         self, source: images.Source, x: torch.Tensor, fingerprint: str, settings: dict[str, Any], device: torch.device
     ) -> Certificate | None:

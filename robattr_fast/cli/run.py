@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,33 +81,46 @@ class Run:
 
     def _certify(self, group: list[_Image]) -> bool:
         """The certificates of a group, found or made; whether Ctrl-C ended it."""
-        checkpoint = self.earlier.checkpoint(group[0].source)
-        found = [
-            self.earlier.finished(image.source, image.x, self.fingerprint, self.settings, self.results.device)
-            for image in group
-        ]
-        # Where the group was sampled to its end but not written, its checkpoint gives all of it.
-        wanted = group if checkpoint.exists() else [one for one, cert in zip(group, found, strict=True) if cert is None]
-        for image, cert in zip(group, found, strict=True):
-            if cert is not None and image not in wanted:
+        begun = self._begun(group)
+        left = [image for image in group if not any(image in together for together in begun)]
+        unfinished = []
+        for image in left:
+            cert = self.earlier.finished(image.source, image.x, self.fingerprint, self.settings, self.results.device)
+            if cert is None:
+                unfinished.append(image)
+            else:
                 drawn = self.earlier.drawn(image.source, self.settings)
                 self._write(image, cert, self.earlier.seconds(image.source, cert), drawn=drawn)
-        if not wanted:
-            return False
+        return any(self._finish(together) for together in (*begun, unfinished) if together)
+
+    def _begun(self, group: list[_Image]) -> list[list[_Image]]:
+        """The images whose samples a checkpoint holds, by checkpoint, finished ones too: the run ends with all."""
+        begun: list[list[_Image]] = []
+        for image in group:
+            if any(image in together for together in begun) or not self.earlier.checkpoint(image.source).exists():
+                continue
+            held = self.earlier.held(image.source)
+            # One that cannot be read, or is of other images, is refused where it is used.
+            begun.append([one for one in group if images.image_id(one.x) in held] or [image])
+        return begun
+
+    def _finish(self, group: list[_Image]) -> bool:
+        """Sample images together; whether Ctrl-C ended it."""
         try:
-            return self._sample(wanted, checkpoint)
+            return self._sample(group)
         except _IMAGE_FAILURES as error:
-            if len(wanted) == 1:
-                self._failed([wanted[0].source], error)
+            if len(group) == 1:
+                self._failed([group[0].source], error)
                 return False
-            checkpoint.unlink(missing_ok=True)
-            return any(self._certify([image]) for image in wanted)  # one of them failed: each by itself
+            self.earlier.checkpoint(group[0].source).unlink(missing_ok=True)
+            return any(self._certify([image]) for image in group)  # one of them failed: each by itself
         except EXPECTED as error:
-            self._failed([image.source for image in wanted], error)
+            self._failed([image.source for image in group], error)
             return False
 
-    def _sample(self, group: list[_Image], checkpoint: Path) -> bool:
+    def _sample(self, group: list[_Image]) -> bool:
         first = group[0]
+        checkpoint = self.earlier.checkpoint(first.source)
         show = self.progress.images(
             [(image.index, image.source.name) for image in group],
             self.settings["samples"],
@@ -170,14 +182,13 @@ def _written(
 
     name = image.source.name
     k = max(1, int(results.settings["k"] * cert.settings.n))
-    row = Row(
+    row = Row.of(
+        cert,
+        label(cert, class_names),
+        k,
+        results.radii,
         name=name,
         source=str(image.source.path),
-        image_id=images.image_id(image.x),
-        label=label(cert, class_names),
-        cert=cert,
-        k=k,
-        overlaps=cert.overlap(k, results.radii),
         seconds=seconds,
         index=image.index,
     )

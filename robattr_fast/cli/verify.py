@@ -41,6 +41,13 @@ class _Verified:
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def images(self) -> list[Certificate]:
+        """A certificate for each image; that of a single one has its bounds already."""
+        if self.cert is None:
+            return []
+        return [self.cert] if len(self.cert) == 1 else [self.cert[index] for index in range(len(self.cert))]
+
 
 def verify(
     files: Annotated[list[str], typer.Argument(help="Certificates, or folders of them.", show_default=False)],
@@ -224,8 +231,7 @@ def _table(found: list[_Verified], shares: list[float], radii: list[float], over
         if one.cert is None:
             table.add_row(one.path.name, *[""] * (len(radii) + 5), verdict)
             continue
-        for index in range(len(one.cert)):
-            cert = one.cert[index]
+        for index, cert in enumerate(one.images):
             name = one.path.name if len(one.cert) == 1 else f"{one.path.name} [{index}]"
             for share in shares:
                 k = max(1, int(share * cert.settings.n))
@@ -265,12 +271,7 @@ def _smoothing_log(found: list[_Verified], truth: dict[str, int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["idx", "label", "predict", "radius", "correct", "time"])
-    certs = [
-        (one, one.cert[index])
-        for one in found
-        if one.cert is not None and not one.faults
-        for index in range(len(one.cert))
-    ]
+    certs = [(one, cert) for one in found if not one.faults for cert in one.images]
     for index, (one, cert) in enumerate(certs):
         voted = label(cert, None)
         predict = voted.number if voted.radius > 0 else -1
