@@ -92,6 +92,8 @@ def same_certificate(context: Context, spec: dict[str, Any], rounds: int, result
         "needed": {},
         "files": {},
     }
+    if not context.quick:
+        result.details["evaluation"] = _evaluation(context, 150528, certificates.RETAIN, spec["planned"])["seconds"]
     for image in spec["images"]:
         curve = _curve(context, spec["model"], image, spec["planned"], result)
         if spec["planned"] not in curve:

@@ -134,7 +134,7 @@ def plot(found: Records) -> str:
     return (
         "![Certified overlap against wall time]({plot})\n\n"
         "*Certified share of the top 20 % at L2 radius .06 against wall time, from the same noisy samples: the\n"
-        "published procedure at its own pace, and the better of T3/T4 and T7 at ours.*\n"
+        "published procedure at its own pace, and T7 by itself at ours, with all that a run costs.*\n"
     )
 
 
@@ -169,11 +169,12 @@ def _curves(found: Records) -> dict[str, Any]:
     if record is None or "median" not in published or not any(record["details"]["curves"].values()):
         return {}
     theirs, ours = published["median"] / 1e3, record["sides"][OURS]["median"] / 1e3
-    setup = record["details"]["setup"]
+    # The longest evaluation, that of all samples, for every point.
+    fixed = record["details"]["setup"] + record["details"].get("evaluation", 0.0)
     return {
         image: {
             "published procedure": [[samples * theirs, share] for samples, share, _, _ in rows],
-            "this package": [[setup + samples * ours, max(marginal, moment)] for samples, _, marginal, moment in rows],
+            "this package, second moments": [[fixed + samples * ours, moment] for samples, _, _, moment in rows],
         }
         for image, rows in record["details"]["curves"].items()
     }
