@@ -217,7 +217,7 @@ class Sampler:
         at least begins with these.
         """
         best, best_time, spent, worse = (self.least, formats[0]), float("inf"), 0.0, 0
-        size = self.least
+        size, slower = self.least, dict.fromkeys(formats, 0)
         while size <= self._clamped(largest):
             timed = {name: seconds for name in formats if (seconds := self._seconds(size, name)) is not None}
             if not timed:
@@ -229,9 +229,10 @@ class Sampler:
                 best, best_time, worse = (size, fastest), seconds / size, 0
             else:
                 worse += 1
-            # Single rows are no measure of larger batches.
-            if size > 1:
-                formats = [name for name in timed if timed[name] < _CLEARLY_SLOWER * seconds]
+            # Single rows are no measure of larger batches, and one measurement may have been interrupted.
+            for name in timed:
+                slower[name] += size > 1 and timed[name] >= _CLEARLY_SLOWER * seconds
+            formats = [name for name in timed if slower[name] < 2]
             # The next trial costs about four of this one, for each format.
             cost = 4 * seconds * len(formats)
             if worse == 2 or (size >= 4 and spent + cost > _TRIAL_SHARE * samples * best_time):

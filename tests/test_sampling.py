@@ -312,6 +312,21 @@ def test_the_trial_is_a_small_part_of_the_run(monkeypatch, samples):
         assert sum(spent) <= 0.01 * samples * rate * 1.5
 
 
+def test_one_interrupted_measurement_decides_nothing(monkeypatch):
+    def seconds(self, size, memory_format):
+        if (size, memory_format) == (2, "channels_last"):
+            return 100.0
+        return 5 + size * (1.0 if memory_format == "contiguous" else 0.7)
+
+    monkeypatch.setattr(sampling.Sampler, "_seconds", seconds)
+    sampler = sampling.Sampler(
+        Pictures(), COLOURED, sigma=0.3, target=None, explain="gradient", seed=0, image_ids=torch.tensor([0])
+    )
+    sampler.prepare()
+    sampler.set_batch_size("auto", 8192)
+    assert sampler.memory_format == "channels_last"
+
+
 def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     """A larger one would be padding: images are looked at after 64 samples each."""
     monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it

@@ -18,6 +18,7 @@ from robattr_fast.certify.concentration import (
     error_bound,
     frobenius_bound,
     largest_eigenvalue,
+    largest_eigenvalue_of_squares_,
     look_schedule,
     mean_bound,
     spectral_bound,
@@ -367,6 +368,22 @@ def test_largest_eigenvalue_is_an_upper_bound(size: int) -> None:
     exact = np.linalg.eigvalsh(matrix)[-1]
     assert exact <= largest_eigenvalue(torch.from_numpy(matrix)) <= exact * (1 + 1e-6)
     assert largest_eigenvalue(torch.zeros(size, size, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("kind", ["alike", "apart", "zero rows"])
+def test_largest_eigenvalue_of_squares_is_an_upper_bound(kind: str) -> None:
+    """Where the power method has two eigenvalues to choose from it does not settle, and Lanczos takes over."""
+    rng = np.random.default_rng(1)
+    factor = rng.normal(size=(600, 30)) + (2.0 if kind == "alike" else 0.0)
+    if kind == "apart":
+        factor[:300, :15], factor[300:, 15:] = 0.0, 0.0
+        factor[300:, :15] = factor[:300, 15:]
+    if kind == "zero rows":
+        factor[::7] = 0.0
+    matrix = factor @ factor.T
+    exact = np.linalg.eigvalsh((np.abs(matrix) + 1e-9) ** 2)[-1]
+    found = largest_eigenvalue_of_squares_(torch.from_numpy(matrix), 1e-9)
+    assert exact * (1 - 1e-12) <= found <= exact * (1 + 2e-6)
 
 
 @pytest.mark.parametrize("num_levels", [1, 15])

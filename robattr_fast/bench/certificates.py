@@ -44,6 +44,11 @@ def looks(planned: int = PLANNED) -> list[int]:
     return [*dict.fromkeys(found), planned]
 
 
+def name_of(image: str, samples: int) -> str:
+    """Of the file with the certificate of so many samples."""
+    return f"{image}.{samples:05d}.safetensors"
+
+
 def overlaps(cert: Certificate) -> dict[str, float]:
     """The share of the top-K that each of METHODS certifies at RADIUS, from the same counts, each method by itself."""
     k = int(K_SHARE * cert.settings.n)
@@ -137,7 +142,7 @@ def make(
         summary, directions = known.to_tensors()
         held = {"gram_summary": summary[None], "directions": directions[None]}
         found[look] = Certificate(**so_far.tensors, **held, settings=asked)
-        found[look].save(folder / f"{name}.{look:05d}.safetensors")
+        found[look].save(folder / name_of(name, look))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from robattr_fast.bench import certificates, records
@@ -61,11 +62,16 @@ def _said(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**spread([1e3 * rate for rate in rates(rows)]), "rounds": len(rows), **kept}
 
 
-def _evaluation(context: Context, n: int, retain: int, samples: int) -> dict[str, float]:
-    """Seconds of what follows the samples: Gram matrices, ``retain`` maps at a time (0: none), bounds and overlap."""
+def _evaluation(context: Context, n: int, retain: int, samples: int, image: str) -> dict[str, float]:
+    """Seconds of what follows the samples: Gram matrices, ``retain`` maps at a time (0: none), bounds and overlap.
+
+    Of the real certificate of the image, where P4 has made it at this commit.
+    """
     context.told(f"evaluating a certificate of {samples} samples")
+    file = _certificates(context) / certificates.name_of(image, samples)
+    spec = {"n": n, "retain": retain, "samples": samples, "file": str(file.resolve()) if file.exists() else None}
     with context.process() as process:
-        process.prepare("evaluation", "job.evaluation", {"n": n, "retain": retain, "samples": samples})
+        process.prepare("evaluation", "job.evaluation", spec)
         both = [process.round("evaluation") for _ in range(1 if context.quick else 3)]
     return {name: spread([one[name] for one in both])["median"] for name in ("seconds", "gram", "look", "last")}
 
@@ -90,16 +96,21 @@ def same_certificate(context: Context, spec: dict[str, Any], rounds: int, result
         "setup": paces[OURS][-1]["setup"],
         "curves": {},
         "needed": {},
-        "files": {},
+        "evaluation": {},
     }
-    if not context.quick:
-        result.details["evaluation"] = _evaluation(context, 150528, certificates.RETAIN, spec["planned"])["seconds"]
     for image in spec["images"]:
         curve = _curve(context, spec["model"], image, spec["planned"], result)
         if spec["planned"] not in curve:
             result.details["needed"][image] = None
             continue
         _compare(context, image, curve, spec["planned"], ours, peers, result)
+        evaluation = _evaluation(context, result.details["n"], certificates.RETAIN, spec["planned"], image)
+        result.details["evaluation"][image] = evaluation["seconds"]
+
+
+def _certificates(context: Context) -> Path:
+    """Their folder: another commit may make others of the same samples."""
+    return context.certificates / (records.commit()["commit"] or "")[:9]
 
 
 def _curve(context: Context, model: str, image: str, planned: int, result: Result) -> dict[int, dict[str, float]]:
@@ -109,8 +120,7 @@ def _curve(context: Context, model: str, image: str, planned: int, result: Resul
     loaded = models.load(model)
     x = images.read(images.find([image])[0].path, loaded.preprocess)
     result.details["n"] = x.numel()
-    # Another commit may make others of the same samples.
-    folder = context.certificates / (records.commit()["commit"] or "")[:9]
+    folder = _certificates(context)
     found = certificates.find(folder, loaded.module, x)
     if not set(found) >= set(certificates.looks(planned)):
         # Of a few certificates alone it cannot be told how many samples are enough.
@@ -142,7 +152,7 @@ def _compare(
         if samples is None or share == 0:
             continue
         retain = certificates.RETAIN if method == "second-moment" else 0
-        after = _evaluation(context, result.details["n"], retain, samples)["seconds"]
+        after = _evaluation(context, result.details["n"], retain, samples, image)["seconds"]
         fixed = result.details["setup"] + after
         result.details["needed"][image][f"{method} seconds"] = spread([fixed + samples * pace for pace in ours])
         for label, pace in peers.items():
@@ -170,7 +180,7 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
     if OURS not in paces:
         return
     planned = spec["planned"]
-    after = _evaluation(context, 150528, certificates.RETAIN, planned)
+    after = _evaluation(context, 150528, certificates.RETAIN, planned, spec["image"])
     looks = len(list(betting_looks(planned)))
     early = [look for look in look_schedule(planned) if look < planned]
     inside = sum((look / certificates.RETAIN) ** 2 for look in early if look < certificates.RETAIN)

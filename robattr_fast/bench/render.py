@@ -169,12 +169,13 @@ def _curves(found: Records) -> dict[str, Any]:
     if record is None or "median" not in published or not any(record["details"]["curves"].values()):
         return {}
     theirs, ours = published["median"] / 1e3, record["sides"][OURS]["median"] / 1e3
-    # The longest evaluation, that of all samples, for every point.
-    fixed = record["details"]["setup"] + record["details"].get("evaluation", 0.0)
+    # For every point the evaluation of all samples, the longest.
+    after = record["details"].get("evaluation", {})
+    fixed = {image: record["details"]["setup"] + after.get(image, 0.0) for image in record["details"]["curves"]}
     return {
         image: {
             "published procedure": [[samples * theirs, share] for samples, share, _, _ in rows],
-            "this package, second moments": [[fixed + samples * ours, moment] for samples, _, _, moment in rows],
+            "this package, second moments": [[fixed[image] + samples * ours, moment] for samples, _, _, moment in rows],
         }
         for image, rows in record["details"]["curves"].items()
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpotrf
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -21,6 +22,7 @@ ERROR_SHARE, SPECTRAL_SHARE, DEFLATED_SHARE, FROBENIUS_SHARE = 0.4, 0.2, 0.25, 0
 LAST_LOOK_SHARE = 0.75
 # Below, all eigenvalues cost less than a few of them.
 _LANCZOS_SIZE = 512
+_POWER_STEPS = 60
 # The bet of lemma 4, as a share of the largest possible one. Between .8 and .9 lambda_u changes by 2 % at most.
 _BET = 0.85
 # Relative: floating-point noise of the formulas below is some 1e-13.
@@ -164,23 +166,27 @@ def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
     about_half = inner[:, :half] - to_half[:, None] - to_half[None, :half] + to_half[:half].mean()
     entry_error = rounding_of(inner)
     norm2 = float(inner.mean())
-    centred = centre(inner)
+    half_eigenvalue = largest_eigenvalue(about_half[:half]) / half + entry_error
+    half_mean = float(about_half[half:].abs_().add_(entry_error).square_().mean(1).mean())
+    del about_half
+    centred = centre_(inner)
+    eigenvalue = largest_eigenvalue(centred) / rows + entry_error
     return GramSummary(
         rows=rows,
         blocks=1,
         norm2=norm2 * (1 + _OUTWARD),
-        eigenvalue=largest_eigenvalue(centred) / rows + entry_error,
-        fourth=largest_eigenvalue(centred.abs().add_(entry_error).square_()) / rows,
-        half_eigenvalue=largest_eigenvalue(about_half[:half]) / half + entry_error,
+        eigenvalue=eigenvalue,
+        fourth=largest_eigenvalue_of_squares_(centred, entry_error) / rows,
+        half_eigenvalue=half_eigenvalue,
         half_norm2=float(to_half[:half].mean()) * (1 + _OUTWARD),
-        half_mean=float((about_half[half:].abs() + entry_error).square().mean(1).mean()) * (1 + _OUTWARD),
+        half_mean=half_mean * (1 + _OUTWARD),
     )
 
 
-def centre(inner: Tensor) -> Tensor:
-    """Inner products float64 ``[m, m]`` of the samples less their mean."""
+def centre_(inner: Tensor) -> Tensor:
+    """Inner products float64 ``[m, m]`` of the samples less their mean, in place: a run holds few such matrices."""
     to_mean = inner.mean(1)
-    return inner - to_mean[:, None] - to_mean[None, :] + to_mean.mean()
+    return inner.sub_(to_mean[:, None]).sub_(to_mean[None, :]).add_(to_mean.mean())
 
 
 def rounding_of(inner: Tensor) -> float:
@@ -208,9 +214,30 @@ def largest_eigenvalue(matrix: Tensor) -> float:
         candidate = max(top, 1e-12 * scale) * (1 + step)
         shifted = -matrix
         shifted.diagonal().add_(candidate)
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        # In place, and less than half of the time of torch's.
+        if dpotrf(shifted.numpy().T, overwrite_a=True, clean=False)[1] == 0:
             return candidate + rounding * size * (candidate + scale)
         step *= 4
+
+
+def largest_eigenvalue_of_squares_(matrix: Tensor, entry_error: float) -> float:
+    """An upper bound, tight to about 1e-6, on the eigenvalues of the squares (|entry| + entry_error)^2, made in place.
+
+    matrix: symmetric, float64. For A of positive entries and any v > 0 no eigenvalue exceeds the largest (A v)_i / v_i
+    (Collatz and Wielandt): v from the power method makes it tight, where the largest two eigenvalues lie apart.
+    """
+    squares = matrix.abs_().add_(entry_error).square_()
+    if entry_error <= 0 or len(squares) < _LANCZOS_SIZE:
+        return largest_eigenvalue(squares)
+    vector = squares.sum(1)
+    for _ in range(_POWER_STEPS):
+        vector /= vector.amax()
+        moved = squares @ vector
+        ratios = moved / vector
+        if float(ratios.amin()) * (1 + 1e-6) >= (top := float(ratios.amax())):
+            return top * (1 + 4 * (len(vector) + 2) * torch.finfo(torch.float64).eps)
+        vector = moved
+    return largest_eigenvalue(squares)
 
 
 def bernoulli_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

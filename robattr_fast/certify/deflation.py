@@ -13,7 +13,12 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from robattr_fast.certify.concentration import centre, largest_eigenvalue, rounding_of
+from robattr_fast.certify.concentration import (
+    centre_,
+    largest_eigenvalue,
+    largest_eigenvalue_of_squares_,
+    rounding_of,
+)
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._pack_levels import bits_per_element, pack_levels
 
@@ -23,6 +28,7 @@ DIRECTIONS = 2
 _LARGEST = 127
 _MOST = 0.95  # of w_j^2: where it is 1 there is nothing to shrink
 _FEWEST_PILOTS = 8
+_BYTES = 1024  # of packed rows that are unpacked at a time: all at once would be 32 times their size
 
 
 def pilot_rows(planned: int, block: int) -> int:
@@ -49,7 +55,7 @@ class Deflation:
         """
         if len(rows) < _FEWEST_PILOTS:
             return None
-        centred = centre(gram.to(torch.float64)).numpy()
+        centred = centre_(gram.to(torch.float64)).numpy()
         if not centred.diagonal().max() > 0.5 / len(rows):
             return None
         start = np.random.default_rng(0).standard_normal(len(rows))
@@ -122,22 +128,26 @@ def summarize_deflated(gram: Tensor, coordinates: Tensor, squares: tuple[float, 
     entry_error = 4 * rounding_of(inner)
     about = coordinates - coordinates.mean(0)
     shrunk = about * torch.tensor([1 - square for square in squares], dtype=torch.float64)
-    projected = centre(inner) - shrunk @ about.T
-    projected = (projected + projected.T) / 2
+    # Symmetric but for rounding, which the error of an entry contains.
+    projected = centre_(inner).addmm_(shrunk, about.T, alpha=-1)
+    eigenvalue = largest_eigenvalue(projected) / rows + entry_error
     return DeflatedSummary(
         rows=rows,
         blocks=1,
         fewest=rows,
-        eigenvalue=largest_eigenvalue(projected) / rows + entry_error,
-        fourth=largest_eigenvalue(projected.abs().add_(entry_error).square_()) / rows,
+        eigenvalue=eigenvalue,
+        fourth=largest_eigenvalue_of_squares_(projected, entry_error) / rows,
     )
 
 
 def _combined(weights: Tensor, rows: Tensor, num_levels: int) -> Tensor:
-    """weights float32 ``[2, m]`` times packed rows: float32 ``[2, elements]``, one position of all bytes at a time."""
+    """weights float32 ``[2, m]`` times packed rows: float32 ``[2, elements]``, one position of some bytes at a time."""
     bits, weights = bits_per_element(num_levels), weights.to(rows.device)
-    parts = [weights @ ((rows >> shift) & (2**bits - 1)).to(torch.float32) for shift in range(0, 8, bits)]
-    return torch.stack(parts, dim=-1).flatten(1).cpu()
+    blocks = []
+    for part in rows.split(_BYTES, dim=1):
+        planes = [weights @ ((part >> shift) & (2**bits - 1)).to(torch.float32) for shift in range(0, 8, bits)]
+        blocks.append(torch.stack(planes, dim=-1).flatten(1))
+    return torch.cat(blocks, dim=1).cpu()
 
 
 def _integer_products(rows: Tensor, directions: Tensor, num_levels: int) -> Tensor:

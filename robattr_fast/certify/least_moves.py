@@ -13,7 +13,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _INWARD = 1 - 1e-9
 _SIZES = 1024
 _TOLERANCE = 0.03  # of the squared distance that is given away
-_EVALUATIONS = 1500
+_EVALUATIONS = 400  # photographs take some hundred
 _NEWTON_STEPS = 40
 
 

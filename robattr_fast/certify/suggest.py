@@ -18,7 +18,7 @@ from robattr_fast.certify.concentration import (
     LAST_LOOK_SHARE,
     GramSummary,
     block_rows,
-    centre,
+    centre_,
     mean_map,
     spectral_bound,
     summarize_gram,
@@ -323,7 +323,7 @@ def _expected(seen: Certificate, settings: Settings) -> _Expected:
         summary[0, : len(gram.to_array())] = torch.from_numpy(gram.to_array())
         summary[0, -1] = invalid * gram.rows // pilot
         if not (invalid and settings.on_nonfinite == "abstain"):
-            values = torch.linalg.eigvalsh(centre(products.double() / settings.levels**2) / pilot)
+            values = torch.linalg.eigvalsh(centre_(products.double() / settings.levels**2) / pilot)
             deflated = _expected_deflated(float(values[-1 - DIRECTIONS]), trace, pilot, block, samples)
     certificate = Certificate(
         counts=_expected_counts(seen.counts[0], pilot, samples, trace)[None],
