@@ -1,5 +1,6 @@
 """Which backend runs, in which order, and what is said about those passed over."""
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -53,6 +54,21 @@ def test_call_runs_what_was_chosen(toy):
     assert backends.call("toy", torch.zeros(1)) == "cpu"
     with backends.use("reference"):
         assert backends.call("toy", torch.zeros(1)) == "reference"
+
+
+def test_call_makes_the_device_of_its_tensor_the_current_one(toy, monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    toy["cpu"] = backends.Implementation(lambda tensor: current[0] is tensor, can_run(True))
+    assert backends.call("toy", torch.zeros(1))
+    assert not current
 
 
 def test_can_run_sees_device_and_dtype(toy):

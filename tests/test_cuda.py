@@ -58,6 +58,15 @@ def test_values_and_gradients_are_those_of_the_cpu(x, function):
         torch.testing.assert_close(cuda, cpu, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch.cuda.device_count() < 2: no device but the current")
+def test_tensors_of_a_device_that_is_not_the_current_one(x):
+    elsewhere = x.to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(rf.noisy_samples(elsewhere, 0.3, 3).to(x.device), rf.noisy_samples(x, 0.3, 3))
+    rows = x.flatten(1)
+    assert torch.equal(rf.topk_threshold(elsewhere.flatten(1), 17).to(x.device), rf.topk_threshold(rows, 17))
+
+
 def test_opcheck(x):
     ops, scores = torch.ops.robattr_fast, x.flatten(1).requires_grad_()
     torch.library.opcheck(ops.noisy_samples.default, (x, 0.5, 3, -1, 2, None, torch.tensor([9]).cuda(), None, True))
