@@ -247,6 +247,7 @@ for _name, _call in (
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps = inputs
+    ctx.preference = backends.preference()
     ctx.save_for_backward(*tensors, mask)
 
 
@@ -261,12 +262,16 @@ _NO_GRADIENTS = (None,) * 5
 
 def _backward(ctx, grad):
     tensors, settings = _saved(ctx)
-    return *torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings), *_NO_GRADIENTS
+    with backends.preferring(ctx.preference):
+        gradients = torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings)
+    return *gradients, *_NO_GRADIENTS
 
 
 def _double_backward(ctx, *grads):
     tensors, settings = _saved(ctx)
-    return *torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings), *_NO_GRADIENTS
+    with backends.preferring(ctx.preference):
+        gradients = torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings)
+    return *gradients, *_NO_GRADIENTS
 
 
 def _triple_backward(ctx, *grads):
