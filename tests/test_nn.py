@@ -110,12 +110,16 @@ def test_padding_has_no_influence_whatever_it_holds(kernel, normalize):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision_under_autocast(kernel):
+    """As of scaled_dot_product_attention, q, k and v need not have one dtype: norms give float32, projections not."""
     q, k, v = inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = kernel_attention(q, k, v, kernel=kernel)
-    expected = naive_weights(q, k, kernel, True) @ v.double()
+        out = kernel_attention(q, k.bfloat16(), v, kernel=kernel)
+        weights = kernel_weights(q, k.bfloat16(), kernel=kernel)
+    assert out.dtype == weights.dtype == torch.bfloat16
+    expected = naive_weights(q, k, kernel, True)
     # bfloat16 has 8 bits: inputs, weights and output are rounded.
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * 2**-8)
+    torch.testing.assert_close(out.double(), expected @ v.double(), rtol=0, atol=4 * 2**-8)
+    torch.testing.assert_close(weights.double(), expected, rtol=0, atol=4 * 2**-8)
 
 
 def wide():

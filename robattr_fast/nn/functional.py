@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from robattr_fast.ops import _check
-from robattr_fast.ops.linear_attention import MAX_WIDTH, linear_attention
+from robattr_fast.ops.linear_attention import MAX_WIDTH, checked, linear_attention
 
 LINEAR_KERNELS = ("elu", "relu")
 KERNELS = (*LINEAR_KERNELS, "gaussian")
@@ -49,6 +49,7 @@ def kernel_attention(
 
     Returns:
         [B, H, Nq, Dv] in the dtype of q; computed in float32, for float64 in float64. Rows that see nothing give zeros.
+        Under autocast q, k and v are cast first, as by `linear_attention`.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -57,7 +58,7 @@ def kernel_attention(
         return linear_attention(
             q, k, v, feature_map=kernel, causal=causal, normalize=normalize, key_padding_mask=key_padding_mask
         )
-    _check_shapes(q, k, v, causal, key_padding_mask)
+    q, k, v = checked(q, k, v, causal, key_padding_mask)
     with torch.autocast(q.device.type, enabled=False):
         weights = _gaussian_weights(q, k, normalize, causal, key_padding_mask)
         return (weights @ _kept(v, key_padding_mask).to(weights.dtype)).to(q.dtype)
@@ -74,7 +75,7 @@ def kernel_weights(
 ) -> torch.Tensor:
     """The a_ij of `kernel_attention`, [B, H, Nq, Nk]: quadratic, for looking at them."""
     if check_kernel(kernel) == "gaussian":
-        _check_shapes(q, k, k, causal, key_padding_mask)
+        q, k, _ = checked(q, k, k, causal, key_padding_mask)
         with torch.autocast(q.device.type, enabled=False):
             return _gaussian_weights(q, k, normalize, causal, key_padding_mask).to(q.dtype)
     # Attention is linear in v: applied to the identity it shows its weights, here MAX_WIDTH columns at a time.
@@ -102,27 +103,6 @@ def softmax_weights(
     elif bias is not None:
         logits = logits + bias
     return logits.softmax(-1).to(q.dtype)
-
-
-def _check_shapes(q, k, v, causal, key_padding_mask):
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        _check.float_tensor(name, value)
-        if value.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes [B, H, N, width]")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {value.dtype}, takes that of q, {q.dtype}")
-    batch, heads, rows, width = q.shape
-    keys = k.shape[2]
-    for name, value, shape in (("k", k, (batch, heads, keys, width)), ("v", v, (batch, heads, keys, v.shape[3]))):
-        if value.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {shape} for these q and k")
-    if causal and rows != keys:
-        raise ValueError(f"causal: got {rows} rows and {keys} keys, takes as many of both")
-    if key_padding_mask is not None and (
-        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, keys)
-    ):
-        got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
-        raise ValueError(f"key_padding_mask: got {got}, takes bool [B, Nk] = {(batch, keys)} (True = keep)")
 
 
 def _kept(x, key_padding_mask):
