@@ -42,6 +42,9 @@ def kernel_attention(
         q, k, v: [B, H, Nq, D], [B, H, Nk, D], [B, H, Nk, Dv], one dtype.
         kernel: w(q, k): "elu" or "relu", phi(q) . phi(k) in linear time, see `linear_attention`; or "gaussian",
             exp(-|q - k|^2 / (2 sqrt(D))), which forms all Nq x Nk weights. All are differentiable twice.
+            Distances come from |q - c|^2 + |k - c|^2 - 2 (q - c) . (k - c), c the mean key. With unit roundoff u the
+            exponent is off by up to about sqrt(D) u (|q - c| + |k - c|)^2 / 2: digits are lost where keys lie much
+            farther apart than D^(1/4), the width of the Gaussian.
         normalize: whether the weights of a row sum to one. False: a mean over the keys of weights as they are; those of
             "gaussian" lie in [0, 1].
         causal: row i sees the keys 0..i; needs Nq = Nk.
@@ -110,13 +113,22 @@ def _kept(x, key_padding_mask):
     return x if key_padding_mask is None else torch.where(key_padding_mask[:, None, :, None], x, 0)
 
 
+def _mean_key(k, key_padding_mask):
+    """[B, H, 1, D], of the keys that are not padding; k holds zeros there."""
+    if key_padding_mask is None:
+        return k.mean(dim=2, keepdim=True)
+    return k.sum(dim=2, keepdim=True) / key_padding_mask.sum(-1).clamp(min=1)[:, None, None, None]
+
+
 def _gaussian_weights(q, k, normalize, causal, key_padding_mask):
     dtype = _check.comparable_dtype(q)
     q, k = q.to(dtype), _kept(k, key_padding_mask).to(dtype)
     # Distances do not change when everything moves; near the origin |q|^2 + |k|^2 - 2 q . k cancels least.
-    centre = k.mean(dim=2, keepdim=True).detach()
+    centre = _mean_key(k, key_padding_mask).detach()
     q, k = q - centre, k - centre
     squared = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
+    # What rounding makes negative is 0, with the derivatives that it has: a clamp's own would be 0 wherever q is k.
+    squared = squared + (squared.clamp(min=0) - squared).detach()
     logits = squared / (-2 * q.shape[-1] ** 0.5)
     visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
     if causal:
