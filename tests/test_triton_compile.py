@@ -282,6 +282,8 @@ def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
     )
     assert "tf32" not in compiled.ptx, "products of float32 are rounded"
     assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    if kernel is not _attention_passes.sum_parts:
+        assert ("cvt.rn.bf16" in compiled.ptx) == (pointer == "*bf16"), "rounded to nearest even, NaN kept"
     return compiled
 
 
