@@ -12,6 +12,7 @@ from models import Elementwise, small_cnn
 import robattr_fast as rf
 from robattr_fast import backends, doctor, sampling
 from robattr_fast.certify.state import State
+from robattr_fast.nn import KernelAttention
 from robattr_fast.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
@@ -82,6 +83,19 @@ def test_compile(x):
         return rf.sparsify(rf.noisy_samples(x, 0.5, 3).flatten(2), 0.2, levels=None).square().sum()
 
     torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x))
+
+
+def test_attention_with_a_float_mask_is_captured():
+    attention = KernelAttention(12, 3, batch_first=True).cuda().eval()
+    q, mask = torch.rand(2, 5, 12, device="cuda"), torch.zeros(2, 5, device="cuda")
+    mask[1, 3:] = -torch.inf
+    with torch.no_grad():
+        expected = attention(q, q, q, key_padding_mask=mask)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(q, q, q, key_padding_mask=mask)[0]
+        graph.replay()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("target", [None, [1, 0]])

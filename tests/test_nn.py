@@ -245,6 +245,16 @@ def test_torch_mask_means_ignore():
         ours(x, x, x, key_padding_mask=torch.full((1, 5), -1.0))
 
 
+def test_float_masks_break_no_graph():
+    ours = KernelAttention.from_softmax(mha())
+    x = torch.randn(1, 5, 12)
+    additive = torch.tensor([[0.0, 0.0, 0.0, -torch.inf, -torch.inf]])
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(x, x, x, key_padding_mask=additive)[0], ours(x, x, x, key_padding_mask=additive)[0]
+    )
+
+
 def test_causal_and_unbatched():
     ours = KernelAttention.from_softmax(mha())
     x = torch.randn(2, 5, 12)
