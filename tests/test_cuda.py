@@ -167,7 +167,7 @@ def test_smoothgrad(x, kind):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_sanitized(x, backend):
-    """Every kernel once, at sizes that end inside a block: what compute-sanitizer watches."""
+    """Every kernel, at sizes that end inside a block: what compute-sanitizer watches."""
     with backends.use(backend):
         scores = rf.noisy_samples(x, 0.3, 3, channels_last=True).abs().reshape(2, 3, -1)
         long = torch.rand(1, 3, 20_001, device="cuda")
@@ -181,4 +181,31 @@ def test_sanitized(x, backend):
             assert bool((rf.topk_threshold(rows, 7) >= rows.amin(-1)).all())
             assert bool(rf.sparsify(rows, 0.1, levels=None).isfinite().all())
             assert bool(rf.soft_topk(rows, 7, 0.1).isfinite().all())
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sanitized_in_other_dtypes(dtype):
+    row = torch.rand(1, 433, device="cuda").to(dtype)
+    assert bool(rf.noisy_samples(row, 0.3, 2, fast=True).isfinite().all())
+    assert bool((rf.topk_threshold(row, 7) <= row.amax(-1)).all())
+    assert bool(rf.sparsify(row, 0.1, levels=3).isfinite().all())
+    assert bool(rf.soft_topk(row, 7, 0.1).isfinite().all())
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "causal"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, True), (torch.bfloat16, False)],
+)
+def test_sanitized_attention(dtype, causal):
+    """Twice differentiated: more than one part, and neither positions nor widths that a block divides."""
+    positions = 70 if causal else 530
+    shapes = [(1, 2, positions, 70), (1, 2, positions, 70), (1, 2, positions, 33)]
+    tensors = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+    keep = torch.arange(positions, device="cuda")[None] % 3 > 0
+    out = rf.linear_attention(*tensors, causal=causal, key_padding_mask=keep)
+    first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), tensors)
+    assert all(bool(result.isfinite().all()) for result in (out, *first, *second))
     torch.cuda.synchronize()
