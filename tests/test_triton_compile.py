@@ -345,6 +345,7 @@ def grids(monkeypatch):
     for module, *names in (
         (count_sparsified, "count_levels"),
         (sparsify, "sparsify_rows"),
+        (linear_attention, "sum_parts", "scan_parts", "apply_features", "apply_values"),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Launcher(name))
@@ -363,3 +364,12 @@ def test_any_number_of_images_and_elements_fits_a_grid(grids):
     assert grids["count_levels"] == [(2, 32_768, 1), (2, 32_768, 1), (2, 4_464, 1)]
     sparsify.sparsify(meta(3, 70_000_000), meta(3, 70_000_000), 9, 9, 1)
     assert grids["sparsify_rows"] == [(3 * 68_360,)]
+
+
+def test_tiles_of_attention_that_read_the_same_are_neighbours(grids):
+    """Programs along axis 0 start one after another: tiles on another axis would start when all heads are done."""
+    q, v = meta(2, 3, 600, 100), meta(2, 3, 600, 70)
+    linear_attention.linear_attention_backward(q, q, v, v, q, q, v, "elu", False, True, None, 0.0)
+    # 2 parts of 512 positions; 4 tiles of 32 columns of D by 2 of 64 of Dv. 19 blocks of 32 positions; 2 tiles of 64.
+    assert grids["sum_parts"] == [(6 * 2 * 4 * 2,)] * 2
+    assert grids["apply_values"] == [(6 * 19 * 2,)] * 2
