@@ -43,10 +43,15 @@ def sum_parts(
 ):
     FLOAT: tl.constexpr = states.dtype.element_ty
     ORDERS: tl.constexpr = 2 if ORDER == 2 else 1
-    head = tl.program_id(0).to(tl.int64) // parts
-    part = tl.program_id(0) % parts
-    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    # Tiles of one part follow each other: what one reads of features or values the others find in the cache.
+    TILES_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    TILES_V: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
+    tile = tl.program_id(0) % (TILES_D * TILES_V)
+    part = tl.program_id(0) // (TILES_D * TILES_V)
+    head = part.to(tl.int64) // parts
+    part = part % parts
+    c = tile % TILES_D * BLOCK_D + tl.arange(0, BLOCK_D)
+    v = tile // TILES_D * BLOCK_V + tl.arange(0, BLOCK_V)
     matrix = tl.zeros((BLOCK_D, BLOCK_V), FLOAT)
     matrix_dot = tl.zeros((BLOCK_D, BLOCK_V), FLOAT)
     total = tl.zeros((BLOCK_D,), FLOAT)
@@ -64,7 +69,7 @@ def sum_parts(
             matrix_dot = add_product(tl.trans(f), y_dot, matrix_dot)
             total_dot += tl.sum(weight[:, None] * f_dot + weight_dot[:, None] * f, axis=0)
     inside = (c < D)[:, None] & (v < DV)[None, :]
-    first_column = (c < D) & (tl.program_id(2) == 0)
+    first_column = (c < D) & (tile // TILES_D == 0)
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
     tl.store(state + c[:, None] * DV + v[None, :], matrix, mask=inside)
     tl.store(state + D * DV + c, total, mask=first_column)
@@ -99,11 +104,11 @@ def scan_parts(
 
 
 @triton.jit
-def block_of(blocks, span, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program: the head, its first position, and the part whose state it needs."""
-    begin = tl.program_id(0) % blocks * BLOCK
+def block_of(index, blocks, span, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block of all heads: the head, its first position, and the part whose state it needs."""
+    begin = index % blocks * BLOCK
     part = begin // span if CAUSAL else begin * 0
-    return tl.program_id(0).to(tl.int64) // blocks, begin, part
+    return index.to(tl.int64) // blocks, begin, part
 
 
 @triton.jit(do_not_specialize=["positions", "heads", "parts", "span", "blocks"])
@@ -135,7 +140,7 @@ def apply_features(
     ORDERS: tl.constexpr = 2 if ORDER == 2 else 1
     # Derivatives of rows take n in the derivative of their denominator alone, those of keys only of the first order.
     PLAIN: tl.constexpr = (NORMALIZE or ORDER == 0) if ROWS else ORDER < 2
-    head, begin, part = block_of(blocks, span, CAUSAL, BLOCK)
+    head, begin, part = block_of(tl.program_id(0), blocks, span, CAUSAL, BLOCK)
     i = begin + tl.arange(0, BLOCK)
     present = exists(mask, head, heads, i, positions, ROWS)
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)
@@ -245,8 +250,10 @@ def apply_values(
 ):
     FLOAT: tl.constexpr = states.dtype.element_ty
     ORDERS: tl.constexpr = 2 if ORDER == 2 else 1
-    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    head, begin, part = block_of(blocks, span, CAUSAL, BLOCK)
+    # Tiles of one block follow each other, and all but one find its values in the cache.
+    TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    c = tl.program_id(0) % TILES * BLOCK_D + tl.arange(0, BLOCK_D)
+    head, begin, part = block_of(tl.program_id(0) // TILES, blocks, span, CAUSAL, BLOCK)
     i = begin + tl.arange(0, BLOCK)
     present = exists(mask, head, heads, i, positions, ROWS)
     state = state_of(states, head, part, parts, 0, ORDERS, D, DV)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from robattr_fast.kernels._rounding import rounded
 from robattr_fast.kernels._select import quotient
 
 K = tl.constexpr(16)
@@ -46,12 +47,7 @@ def load(array, head, heads, i, c, present, WIDTH: tl.constexpr, FLOAT: tl.const
 @triton.jit
 def store(array, head, heads, i, c, value, positions, WIDTH: tl.constexpr):
     inside = (i < positions)[:, None] & (c < WIDTH)[None, :]
-    if array.data.dtype.element_ty == tl.bfloat16:
-        # Round to nearest even by hand: the interpreter's conversion truncates.
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
-        value = tl.where(value == value, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    tl.store(_pointers(array, head, heads, i, c), value.to(array.data.dtype.element_ty), mask=inside)
+    tl.store(_pointers(array, head, heads, i, c), rounded(value, array.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ from robattr_fast.kernels._select import as_rows, quotient, support
 
 # Enough programs to fill any device, and the fewest samples that are worth one.
 _PROGRAMS, _LEAST_SAMPLES = 1024, 8
+# Of one launch: axis 1 holds 65535 programs, and registers are too few to divide axis 0. What lies behind 2^15 images
+# is as aligned as they are.
+_IMAGES = 2**15
 
 
 @triton.jit(do_not_specialize=["samples", "samples_per_program", "n"])
@@ -85,21 +88,23 @@ def count_sparsified(
     columns = triton.cdiv(covered, block)
     splits = min(triton.cdiv(_PROGRAMS, columns * batch), triton.cdiv(samples, _LEAST_SAMPLES))
     per_program = triton.cdiv(samples, splits)
-    count_levels[(columns, batch, triton.cdiv(samples, per_program))](
-        counts,
-        rows,
-        rows.stride(0),
-        least,
-        g,
-        counts if packed is None else packed,
-        row_bytes,
-        samples,
-        per_program,
-        n,
-        LEVELS=levels,
-        PADDED=triton.next_power_of_2(levels),
-        PACK=packed is not None,
-        SPLIT=per_program < samples,
-        BLOCK=block,
-    )
+    for first in range(0, batch, _IMAGES):
+        images, of_images = slice(first, first + _IMAGES), slice(first * samples, (first + _IMAGES) * samples)
+        count_levels[(columns, min(_IMAGES, batch - first), triton.cdiv(samples, per_program))](
+            counts[images],
+            rows[of_images],
+            rows.stride(0),
+            least[of_images],
+            g[of_images],
+            counts if packed is None else packed[images],
+            row_bytes,
+            samples,
+            per_program,
+            n,
+            LEVELS=levels,
+            PADDED=triton.next_power_of_2(levels),
+            PACK=packed is not None,
+            SPLIT=per_program < samples,
+            BLOCK=block,
+        )
     return least.isnan().view(batch, samples).sum(dim=1)

@@ -94,8 +94,8 @@ class _Problem:
         parts, positions = self.parts(of_rows), self.positions[of_rows]
         states = self._empty(self.batch_heads, parts, self.size)
         block_d = min(_ROWS, self.block_d)
-        tiles = triton.cdiv(self.width, block_d), triton.cdiv(self.value_width, self.block_v)
-        sum_parts[(self.batch_heads * parts, *tiles)](
+        tiles = triton.cdiv(self.width, block_d) * triton.cdiv(self.value_width, self.block_v)
+        sum_parts[(self.batch_heads * parts * tiles,)](
             side,
             self.mask,
             self.scalars,
@@ -143,7 +143,7 @@ class _Problem:
     def apply_values(self, side: Side, other: Side, states: torch.Tensor, out: torch.Tensor, of_rows: bool) -> None:
         positions = self.positions[of_rows]
         blocks = triton.cdiv(positions, self.block)
-        apply_values[(self.batch_heads * blocks, triton.cdiv(self.width, self.block_d))](
+        apply_values[(self.batch_heads * blocks * triton.cdiv(self.width, self.block_d),)](
             side,
             other,
             self.mask,

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from robattr_fast.kernels._stream import INTERPRETED, box_muller, box_muller_fast, philox4x32
+from robattr_fast.kernels._rounding import rounded
+from robattr_fast.kernels._stream import box_muller, box_muller_fast, philox4x32
 
 
 @triton.jit
@@ -22,14 +23,7 @@ def _store(x_row, out_row, e, z, n, plane, channels, sigma, CHANNELS_LAST: tl.co
         value = x.to(tl.float32) + sigma.to(tl.float32) * z
     if CHANNELS_LAST:
         e = (e % plane) * channels + e // plane
-    if INTERPRETED and out_row.dtype.element_ty == tl.bfloat16:
-        # Round to nearest even by hand: the interpreter's conversion truncates.
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, rounded, 0x7FC0)  # of a NaN the addition may overflow
-        tl.store(out_row + e, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-    else:
-        tl.store(out_row + e, value.to(out_row.dtype.element_ty), mask=inside)
+    tl.store(out_row + e, rounded(value, out_row.dtype.element_ty), mask=inside)
 
 
 # Triton would make constants of arguments that equal 1, and constants have no types to convert.

@@ -17,11 +17,13 @@ def sparsify_rows(
     least,  # [R]
     g,  # [R]
     n,
+    blocks,  # of a row
     LEVELS: tl.constexpr,  # 0: not rounded
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Axis 0 may hold 2^31 - 1 programs, axis 1 only 65535.
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     bound = tl.load(least + row)
     top = tl.load(g + row)
@@ -42,5 +44,5 @@ def sparsify(scores: torch.Tensor, out: torch.Tensor, k_tau: int, k_gamma: int, 
     rows = as_rows(scores)
     count, n = rows.shape
     least, g = support(rows, k_tau, k_gamma)
-    grid = (count, triton.cdiv(n, _BLOCK))
-    sparsify_rows[grid](rows, rows.stride(0), out, least, g, n, LEVELS=levels or 0, BLOCK=_BLOCK)
+    blocks = triton.cdiv(n, _BLOCK)
+    sparsify_rows[(count * blocks,)](rows, rows.stride(0), out, least, g, n, blocks, LEVELS=levels or 0, BLOCK=_BLOCK)

@@ -49,7 +49,7 @@ def can_run_cuda(operator: str, device: torch.device, dtype: torch.dtype) -> tup
         return False, f"the cuda backend takes CUDA tensors, got {device}"
     loaded, reason = load()
     if loaded and not torch._C._dispatch_has_kernel_for_dispatch_key(f"robattr_fast_C::{operator}", "CUDA"):
-        return False, "the extension was built without CUDA (needs nvcc and a torch with CUDA at build time)"
+        return False, "the extension was built without CUDA (needs nvcc >= 12.8 and a torch with CUDA at build time)"
     return loaded, reason
 
 

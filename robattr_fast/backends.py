@@ -168,7 +168,10 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str
 
 def call(operator: str, tensor: torch.Tensor, *args, **kwargs):
     """Run ``operator`` on the backend chosen for ``tensor``, which is its first argument."""
-    return choose(operator, tensor.device, tensor.dtype)[1](tensor, *args, **kwargs)
+    run = choose(operator, tensor.device, tensor.dtype)[1]
+    # Triton launches on the current device, which need not be the tensor's.
+    with torch.cuda.device_of(tensor):
+        return run(tensor, *args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,10 @@ def has_compiler() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether torch was built for CUDA and nvcc is there: then the CUDA sources join the extension.
+    """Whether torch was built for CUDA and nvcc knows ARCHITECTURES: then the CUDA sources join the extension.
 
-    ROBATTR_FAST_CUDA=0 leaves them out, ROBATTR_FAST_CUDA=1 makes it a RuntimeError if they cannot be built.
+    ROBATTR_FAST_CUDA=0 leaves them out, ROBATTR_FAST_CUDA=1 makes it a RuntimeError if they cannot be built. Where a
+    torch with CUDA has to go without them, stderr says why.
     """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -80,15 +82,27 @@ def has_cuda() -> bool:
     wanted = os.environ.get("ROBATTR_FAST_CUDA", "")
     if wanted == "0":
         return False
+    nvcc = shutil.which(f"{CUDA_HOME}/bin/nvcc") if CUDA_HOME else None
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"
-    elif CUDA_HOME is None or shutil.which(f"{CUDA_HOME}/bin/nvcc") is None:
+    elif nvcc is None:
         reason = "nvcc was not found (set CUDA_HOME)"
     else:
-        return True
-    if wanted == "1":
+        reason = _unknown_architectures(nvcc)
+    if reason and wanted == "1":
         raise RuntimeError(f"ROBATTR_FAST_CUDA=1, but {reason}")
-    return False
+    if reason and torch.version.cuda is not None:
+        print(f"robattr_fast: without CUDA kernels: {reason}", file=sys.stderr)
+    return not reason
+
+
+def _unknown_architectures(nvcc: str) -> str:
+    """Why this nvcc cannot compile for ARCHITECTURES; "" if it can."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        return f"{nvcc} --list-gpu-arch fails: {listed.stderr.strip()}"
+    missing = [f"sm_{number}" for number in ARCHITECTURES if f"compute_{number}" not in listed.stdout.split()]
+    return f"{nvcc} does not compile for {', '.join(missing)} (nvcc 12.8 is the first for sm_100)" if missing else ""
 
 
 def csrc_folder() -> Path:

@@ -1,7 +1,9 @@
 """Which backend runs, in which order, and what is said about those passed over."""
 
+import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -53,6 +55,21 @@ def test_call_runs_what_was_chosen(toy):
     assert backends.call("toy", torch.zeros(1)) == "cpu"
     with backends.use("reference"):
         assert backends.call("toy", torch.zeros(1)) == "reference"
+
+
+def test_call_makes_the_device_of_its_tensor_the_current_one(toy, monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    toy["cpu"] = backends.Implementation(lambda tensor: current[0] is tensor, can_run(True))
+    assert backends.call("toy", torch.zeros(1))
+    assert not current
 
 
 def test_can_run_sees_device_and_dtype(toy):
@@ -239,6 +256,32 @@ def test_without_the_extension():
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "torch.Size([1, 1, 3]) {'reference'}"
     assert result.stderr.count("disabled by ROBATTR_FAST_DISABLE_EXT=1") == 1
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ("echo compute_80; echo compute_90; echo compute_100", None),
+        ("echo compute_80; echo compute_90; echo compute_100a", "nvcc does not compile for sm_100 .nvcc 12.8"),
+        ("echo no licence >&2; exit 1", "nvcc --list-gpu-arch fails: no licence"),
+    ],
+)
+def test_cuda_sources_join_where_nvcc_knows_their_architectures(says, reason, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("ROBATTR_FAST_CUDA", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    assert not build.has_cuda()
+    assert "nvcc was not found" in capsys.readouterr().err
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{says}\n")
+    nvcc.chmod(0o755)
+    assert build.has_cuda() == (reason is None)
+    if reason is not None:
+        assert re.search(reason, capsys.readouterr().err)
+        monkeypatch.setenv("ROBATTR_FAST_CUDA", "1")
+        with pytest.raises(RuntimeError, match=f"ROBATTR_FAST_CUDA=1, but .*{reason}"):
+            build.has_cuda()
 
 
 def test_a_required_extension_is_missing(monkeypatch, tmp_path):

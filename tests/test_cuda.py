@@ -12,6 +12,7 @@ from models import Elementwise, small_cnn
 import robattr_fast as rf
 from robattr_fast import backends, doctor, sampling
 from robattr_fast.certify.state import State
+from robattr_fast.nn import KernelAttention
 from robattr_fast.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
@@ -58,6 +59,15 @@ def test_values_and_gradients_are_those_of_the_cpu(x, function):
         torch.testing.assert_close(cuda, cpu, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch.cuda.device_count() < 2: no device but the current")
+def test_tensors_of_a_device_that_is_not_the_current_one(x):
+    elsewhere = x.to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(rf.noisy_samples(elsewhere, 0.3, 3).to(x.device), rf.noisy_samples(x, 0.3, 3))
+    rows = x.flatten(1)
+    assert torch.equal(rf.topk_threshold(elsewhere.flatten(1), 17).to(x.device), rf.topk_threshold(rows, 17))
+
+
 def test_opcheck(x):
     ops, scores = torch.ops.robattr_fast, x.flatten(1).requires_grad_()
     torch.library.opcheck(ops.noisy_samples.default, (x, 0.5, 3, -1, 2, None, torch.tensor([9]).cuda(), None, True))
@@ -73,6 +83,19 @@ def test_compile(x):
         return rf.sparsify(rf.noisy_samples(x, 0.5, 3).flatten(2), 0.2, levels=None).square().sum()
 
     torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x))
+
+
+def test_attention_with_a_float_mask_is_captured():
+    attention = KernelAttention(12, 3, batch_first=True).cuda().eval()
+    q, mask = torch.rand(2, 5, 12, device="cuda"), torch.zeros(2, 5, device="cuda")
+    mask[1, 3:] = -torch.inf
+    with torch.no_grad():
+        expected = attention(q, q, q, key_padding_mask=mask)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(q, q, q, key_padding_mask=mask)[0]
+        graph.replay()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("target", [None, [1, 0]])
@@ -144,7 +167,7 @@ def test_smoothgrad(x, kind):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_sanitized(x, backend):
-    """Every kernel once, at sizes that end inside a block: what compute-sanitizer watches."""
+    """Every kernel, at sizes that end inside a block: what compute-sanitizer watches."""
     with backends.use(backend):
         scores = rf.noisy_samples(x, 0.3, 3, channels_last=True).abs().reshape(2, 3, -1)
         long = torch.rand(1, 3, 20_001, device="cuda")
@@ -158,4 +181,31 @@ def test_sanitized(x, backend):
             assert bool((rf.topk_threshold(rows, 7) >= rows.amin(-1)).all())
             assert bool(rf.sparsify(rows, 0.1, levels=None).isfinite().all())
             assert bool(rf.soft_topk(rows, 7, 0.1).isfinite().all())
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sanitized_in_other_dtypes(dtype):
+    row = torch.rand(1, 433, device="cuda").to(dtype)
+    assert bool(rf.noisy_samples(row, 0.3, 2, fast=True).isfinite().all())
+    assert bool((rf.topk_threshold(row, 7) <= row.amax(-1)).all())
+    assert bool(rf.sparsify(row, 0.1, levels=3).isfinite().all())
+    assert bool(rf.soft_topk(row, 7, 0.1).isfinite().all())
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "causal"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, True), (torch.bfloat16, False)],
+)
+def test_sanitized_attention(dtype, causal):
+    """Twice differentiated: more than one part, and neither positions nor widths that a block divides."""
+    positions = 70 if causal else 530
+    shapes = [(1, 2, positions, 70), (1, 2, positions, 70), (1, 2, positions, 33)]
+    tensors = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+    keep = torch.arange(positions, device="cuda")[None] % 3 > 0
+    out = rf.linear_attention(*tensors, causal=causal, key_padding_mask=keep)
+    first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), tensors)
+    assert all(bool(result.isfinite().all()) for result in (out, *first, *second))
     torch.cuda.synchronize()

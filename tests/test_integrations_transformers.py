@@ -208,15 +208,41 @@ def test_maps_of_kernel_attention():
         attention_maps(model, ids)
 
 
-def test_models_of_several_parts():
-    """CLIP: a causal text model beside a vision model, each with a configuration of its own."""
+def clip():
     config = transformers.CLIPConfig(
         text_config={"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 2, **SMALL},
         vision_config={"image_size": 8, "patch_size": 4, "num_channels": 1, **SMALL},
         projection_dim=8,
     )
     torch.manual_seed(2)
-    model = transformers.CLIPModel(config).eval()
+    return transformers.CLIPModel(config).eval()
+
+
+class Stubborn(transformers.BertModel):
+    """Its attention is its own, as in models older than the interface."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return False
+
+
+def test_kernelize_changes_nothing_if_one_model_keeps_its_attention():
+    stubborn = Stubborn._from_config(bert("eager").config, attn_implementation="eager")
+    mixed = clip()
+    mixed.vision_model.set_attn_implementation("eager")
+    model = torch.nn.ModuleDict({"a": torch.nn.MultiheadAttention(8, 2), "b": mixed, "c": stubborn})
+    model = torch.nn.ModuleDict({"inner": model})
+    with pytest.raises(rf.ModelError, match="Stubborn does not use the attention interface"):
+        kernelize(model)
+    assert type(model["inner"]["a"]) is torch.nn.MultiheadAttention
+    parts = (mixed, mixed.text_model, mixed.vision_model, stubborn)
+    assert [part.config._attn_implementation for part in parts] == ["sdpa", "sdpa", "eager", "eager"]
+    assert [swapped.name for swapped in kernelize(model, skip=["inner.c"])] == ["inner.a", "inner.b"]
+
+
+def test_models_of_several_parts():
+    """CLIP: a causal text model beside a vision model, each with a configuration of its own."""
+    model = clip()
     arguments = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "pixel_values": torch.rand(1, 1, 8, 8)}
     softmax = attention_maps(model, **arguments)
     assert kernelize(model) == [("", "CLIPModel", "robattr_linear")]

@@ -1,9 +1,11 @@
 """`linear_attention` and its derivatives on every backend, against autograd of the definition, a sum over pairs."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -467,6 +469,30 @@ def test_second_derivative_under_compile():
         found = torch.autograd.grad(compiled(*tensors), tensors)
     for got, value in zip(found, expected, strict=True):
         torch.testing.assert_close(got, value)
+
+
+def test_backward_in_another_thread_keeps_the_backend(monkeypatch):
+    """Autograd's threads of CUDA devices do not inherit the context of the caller."""
+    ran = []
+    for name in ("linear_attention_backward", "linear_attention_double_backward"):
+        implementation = rf.backends._registry[name]["reference"]
+        recorded = dataclasses.replace(
+            implementation, call=lambda *args, name=name, call=implementation.call: ran.append(name) or call(*args)
+        )
+        monkeypatch.setitem(rf.backends._registry[name], "reference", recorded)
+    tensors, _, _ = second_order_inputs()
+    with rf.backends.use("reference", strict=True):
+        total = rf.linear_attention(*tensors).square().sum()
+
+    def penalty():
+        first = torch.autograd.grad(total, tensors, create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+
+    thread = threading.Thread(target=penalty)
+    thread.start()
+    thread.join()
+    assert set(ran) == {"linear_attention_backward", "linear_attention_double_backward"}
+    assert tensors[0].grad.count_nonzero() > 0
 
 
 def test_only_inputs_are_saved():

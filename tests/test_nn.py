@@ -79,12 +79,48 @@ def test_second_derivatives(kernel, normalize):
     assert torch.autograd.gradgradcheck(f, tensors)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gaussian_attention_is_stable(normalize):
-    """Far from the origin |q|^2 + |k|^2 - 2 q . k loses all digits in float32; far apart all weights underflow."""
+def test_gaussian_weights_lose_no_digits_far_from_the_origin(normalize, padded):
+    q, k, _ = (x + 1000 for x in inputs(dtype=torch.float32))
+    keep = torch.tensor([[True] * 4 + [False] * 3] * 2) if padded else torch.ones(2, 7, dtype=torch.bool)
+    weights = kernel_weights(q, k, kernel="gaussian", normalize=normalize, key_padding_mask=keep if padded else None)
+    expected = naive_weights(q, k, "gaussian", normalize, keep=keep)
+    # Of a squared distance: D roundings of each inner product, 2 of their sum, 3 of q - c and k - c, 1 of the division.
+    seen = k[:, :, keep[0]].double()
+    centre = seen.mean(2, keepdim=True)
+    reach = (q - centre).norm(dim=-1).max() + (seen - centre).norm(dim=-1).max()
+    unit, width = 2**-24, q.shape[-1]
+    exponent = (width + 6) * unit * reach.square() / (2 * math.sqrt(width))
+    # Of a weight and of the sum of 7 of them; then exp, sum and division.
+    torch.testing.assert_close(weights.double(), expected, rtol=float(2 * exponent) + 12 * unit, atol=0)
+
+
+def test_gaussian_weights_are_at_most_one():
+    """Of a position to itself |q|^2 + |k|^2 - 2 q . k is 0 but for its rounding, of either sign."""
+    x = 100 * torch.randn(1, 2, 50, 8)
+    share = kernel_weights(x, x, kernel="gaussian", normalize=False) * 50
+    assert float(share.max()) <= 1
+    assert float(share.min()) >= 0
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_second_derivatives_of_gaussian_attention_where_distances_are_zero(normalize):
+    _, x, v = inputs()
+    tensors = [x.clone().requires_grad_(), x.clone().requires_grad_(), v.requires_grad_()]
+    x = x - x.mean(dim=2, keepdim=True)
+    assert bool((2 * x.square().sum(-1) < 2 * (x @ x.mT).diagonal(dim1=-2, dim2=-1)).any()), "no distance to clamp"
+
+    def f(q, k, v):
+        return kernel_attention(q, k, v, kernel="gaussian", normalize=normalize)
+
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gaussian_attention_is_finite_where_all_weights_underflow(normalize):
     q, k, v = inputs(dtype=torch.float32)
-    shifted = kernel_weights(q + 1000, k + 1000, kernel="gaussian", normalize=normalize)
-    torch.testing.assert_close(shifted, naive_weights(q, k, "gaussian", normalize).float(), rtol=2e-3, atol=1e-5)
     q = (100 * q).requires_grad_()
     out = kernel_attention(q, k, v, kernel="gaussian", normalize=normalize)
     (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
@@ -110,12 +146,16 @@ def test_padding_has_no_influence_whatever_it_holds(kernel, normalize):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision_under_autocast(kernel):
+    """As of scaled_dot_product_attention, q, k and v need not have one dtype: norms give float32, projections not."""
     q, k, v = inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = kernel_attention(q, k, v, kernel=kernel)
-    expected = naive_weights(q, k, kernel, True) @ v.double()
+        out = kernel_attention(q, k.bfloat16(), v, kernel=kernel)
+        weights = kernel_weights(q, k.bfloat16(), kernel=kernel)
+    assert out.dtype == weights.dtype == torch.bfloat16
+    expected = naive_weights(q, k, kernel, True)
     # bfloat16 has 8 bits: inputs, weights and output are rounded.
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * 2**-8)
+    torch.testing.assert_close(out.double(), expected @ v.double(), rtol=0, atol=4 * 2**-8)
+    torch.testing.assert_close(weights.double(), expected, rtol=0, atol=4 * 2**-8)
 
 
 def wide():
@@ -203,6 +243,16 @@ def test_torch_mask_means_ignore():
     torch.testing.assert_close(ours(x, x, x, key_padding_mask=additive)[0], expected)
     with pytest.raises(ValueError, match="other values than 0"):
         ours(x, x, x, key_padding_mask=torch.full((1, 5), -1.0))
+
+
+def test_float_masks_break_no_graph():
+    ours = KernelAttention.from_softmax(mha())
+    x = torch.randn(1, 5, 12)
+    additive = torch.tensor([[0.0, 0.0, 0.0, -torch.inf, -torch.inf]])
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(x, x, x, key_padding_mask=additive)[0], ours(x, x, x, key_padding_mask=additive)[0]
+    )
 
 
 def test_causal_and_unbatched():

@@ -105,6 +105,13 @@ def test_backends_match_the_reference(backend, n, samples, sigma, seed, first, i
     assert_same_bits(actual, reference.noisy_samples(x, sigma, samples, **arguments))
 
 
+def test_image_ids_may_have_any_stride(backend):
+    x = torch.randn(3, 65)
+    for ids in (torch.tensor([7, 0, 2**32 - 1, 1, 5])[::2], torch.tensor([9]).expand(3)):
+        actual = rf.noisy_samples(x, 0.3, 2, image_ids=ids)
+        assert_same_bits(actual, reference.noisy_samples(x, 0.3, 2, image_ids=ids.clone()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_split_gives_the_same_bits(backend, dtype):
     x = torch.randn(3, 2, 9, 11).to(dtype)

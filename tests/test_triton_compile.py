@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from _operators import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -282,6 +283,8 @@ def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
     )
     assert "tf32" not in compiled.ptx, "products of float32 are rounded"
     assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    if kernel is not _attention_passes.sum_parts:
+        assert ("cvt.rn.bf16" in compiled.ptx) == (pointer == "*bf16"), "rounded to nearest even, NaN kept"
     return compiled
 
 
@@ -324,3 +327,49 @@ def test_linear_attention_scan(architecture, tmp_path):
     constants = {"CAUSAL": True, "BACKWARD": True, "BLOCK": 256}
     compiled = Compiled(_attention_passes.scan_parts, {"states": "*fp32"}, constants, architecture, tmp_path)
     compiled.assert_within(registers=40, shared=0)
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """The grids of launches that are asked for in place of what runs on a GPU, by the kernel's name."""
+    asked = {}
+
+    class Launcher:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            asked.setdefault(self.name, []).append(grid)
+            return lambda *arguments, **options: None
+
+    for module, *names in (
+        (count_sparsified, "count_levels"),
+        (sparsify, "sparsify_rows"),
+        (linear_attention, "sum_parts", "scan_parts", "apply_features", "apply_values"),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Launcher(name))
+    for module in (count_sparsified, sparsify):
+        monkeypatch.setattr(module, "support", lambda rows, *ranks: rows.new_empty(2, rows.shape[0]))
+    return asked
+
+
+def meta(*shape, **options):
+    return torch.empty(shape, device="meta", **options)
+
+
+def test_any_number_of_images_and_elements_fits_a_grid(grids):
+    """Only axis 0 holds more than 65535 programs."""
+    count_sparsified.count_sparsified(meta(70_000, 600, 1, dtype=torch.int32), meta(70_000, 3, 600), 9, 9, None)
+    assert grids["count_levels"] == [(2, 32_768, 1), (2, 32_768, 1), (2, 4_464, 1)]
+    sparsify.sparsify(meta(3, 70_000_000), meta(3, 70_000_000), 9, 9, 1)
+    assert grids["sparsify_rows"] == [(3 * 68_360,)]
+
+
+def test_tiles_of_attention_that_read_the_same_are_neighbours(grids):
+    """Programs along axis 0 start one after another: tiles on another axis would start when all heads are done."""
+    q, v = meta(2, 3, 600, 100), meta(2, 3, 600, 70)
+    linear_attention.linear_attention_backward(q, q, v, v, q, q, v, "elu", False, True, None, 0.0)
+    # 2 parts of 512 positions; 4 tiles of 32 columns of D by 2 of 64 of Dv. 19 blocks of 32 positions; 2 tiles of 64.
+    assert grids["sum_parts"] == [(6 * 2 * 4 * 2,)] * 2
+    assert grids["apply_values"] == [(6 * 19 * 2,)] * 2

@@ -144,8 +144,6 @@ class Group {
         queries_(p, kDerivative == kForward ? 0 : heads, query_segments_, kDot),
         scalars_(p.causal && kDerivative != kForward ? heads * 4 * p.queries : 0) {}
 
-  int64_t segments() const { return std::max(key_segments_, query_segments_); }
-
   // Calls for_each(n, f) for each phase; it must run f(0), ..., f(n - 1).
   template <class ForEach>
   void run(int64_t first_head, int64_t heads, const ForEach& for_each) {

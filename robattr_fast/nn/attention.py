@@ -115,7 +115,8 @@ class KernelAttention(nn.MultiheadAttention):
         Args:
             query, key, value: [B, Nq, E], [B, Nk, kdim], [B, Nk, vdim] with ``batch_first``, else [Nq, B, E] and so on;
                 or without a batch [Nq, E] and so on.
-            key_padding_mask: [B, Nk] ([Nk] without a batch): bool, True = ignore, or float, -inf = ignore and 0 = keep.
+            key_padding_mask: [B, Nk] ([Nk] without a batch): bool, True = ignore, or float, -inf = ignore and 0 = keep;
+                other values are refused, but where torch.compile or a CUDA graph hides them: there they are ignored.
             need_weights: return the weights too, which takes quadratic memory.
             attn_mask: None, or anything with ``is_causal``, which then stands for it.
             average_attn_weights: whether the weights are averaged over heads.
@@ -170,7 +171,9 @@ def _keep(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
     if not key_padding_mask.is_floating_point():
         return ~key_padding_mask.bool()
     keep = key_padding_mask == 0
-    if not bool((keep | (key_padding_mask == -torch.inf)).all()):
+    # A graph, traced or captured, has no host that could look at values.
+    traced = torch.compiler.is_compiling() or (key_padding_mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not traced and not bool((keep | (key_padding_mask == -torch.inf)).all()):
         raise ValueError("key_padding_mask: got a float mask with other values than 0 (keep) and -inf (ignore)")
     return keep
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from robattr_fast.ops import _check
-from robattr_fast.ops.linear_attention import MAX_WIDTH, linear_attention
+from robattr_fast.ops.linear_attention import MAX_WIDTH, checked, linear_attention
 
 LINEAR_KERNELS = ("elu", "relu")
 KERNELS = (*LINEAR_KERNELS, "gaussian")
@@ -42,6 +42,9 @@ def kernel_attention(
         q, k, v: [B, H, Nq, D], [B, H, Nk, D], [B, H, Nk, Dv], one dtype.
         kernel: w(q, k): "elu" or "relu", phi(q) . phi(k) in linear time, see `linear_attention`; or "gaussian",
             exp(-|q - k|^2 / (2 sqrt(D))), which forms all Nq x Nk weights. All are differentiable twice.
+            Distances come from |q - c|^2 + |k - c|^2 - 2 (q - c) . (k - c), c the mean key. With unit roundoff u the
+            exponent is off by up to about sqrt(D) u (|q - c| + |k - c|)^2 / 2: digits are lost where keys lie much
+            farther apart than D^(1/4), the width of the Gaussian.
         normalize: whether the weights of a row sum to one. False: a mean over the keys of weights as they are; those of
             "gaussian" lie in [0, 1].
         causal: row i sees the keys 0..i; needs Nq = Nk.
@@ -49,6 +52,7 @@ def kernel_attention(
 
     Returns:
         [B, H, Nq, Dv] in the dtype of q; computed in float32, for float64 in float64. Rows that see nothing give zeros.
+        Under autocast q, k and v are cast first, as by `linear_attention`.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -57,7 +61,7 @@ def kernel_attention(
         return linear_attention(
             q, k, v, feature_map=kernel, causal=causal, normalize=normalize, key_padding_mask=key_padding_mask
         )
-    _check_shapes(q, k, v, causal, key_padding_mask)
+    q, k, v = checked(q, k, v, causal, key_padding_mask)
     with torch.autocast(q.device.type, enabled=False):
         weights = _gaussian_weights(q, k, normalize, causal, key_padding_mask)
         return (weights @ _kept(v, key_padding_mask).to(weights.dtype)).to(q.dtype)
@@ -74,7 +78,7 @@ def kernel_weights(
 ) -> torch.Tensor:
     """The a_ij of `kernel_attention`, [B, H, Nq, Nk]: quadratic, for looking at them."""
     if check_kernel(kernel) == "gaussian":
-        _check_shapes(q, k, k, causal, key_padding_mask)
+        q, k, _ = checked(q, k, k, causal, key_padding_mask)
         with torch.autocast(q.device.type, enabled=False):
             return _gaussian_weights(q, k, normalize, causal, key_padding_mask).to(q.dtype)
     # Attention is linear in v: applied to the identity it shows its weights, here MAX_WIDTH columns at a time.
@@ -104,39 +108,27 @@ def softmax_weights(
     return logits.softmax(-1).to(q.dtype)
 
 
-def _check_shapes(q, k, v, causal, key_padding_mask):
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        _check.float_tensor(name, value)
-        if value.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes [B, H, N, width]")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {value.dtype}, takes that of q, {q.dtype}")
-    batch, heads, rows, width = q.shape
-    keys = k.shape[2]
-    for name, value, shape in (("k", k, (batch, heads, keys, width)), ("v", v, (batch, heads, keys, v.shape[3]))):
-        if value.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {shape} for these q and k")
-    if causal and rows != keys:
-        raise ValueError(f"causal: got {rows} rows and {keys} keys, takes as many of both")
-    if key_padding_mask is not None and (
-        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, keys)
-    ):
-        got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
-        raise ValueError(f"key_padding_mask: got {got}, takes bool [B, Nk] = {(batch, keys)} (True = keep)")
-
-
 def _kept(x, key_padding_mask):
     """Zeros in place of padding, which may hold anything, NaN included."""
     return x if key_padding_mask is None else torch.where(key_padding_mask[:, None, :, None], x, 0)
+
+
+def _mean_key(k, key_padding_mask):
+    """[B, H, 1, D], of the keys that are not padding; k holds zeros there."""
+    if key_padding_mask is None:
+        return k.mean(dim=2, keepdim=True)
+    return k.sum(dim=2, keepdim=True) / key_padding_mask.sum(-1).clamp(min=1)[:, None, None, None]
 
 
 def _gaussian_weights(q, k, normalize, causal, key_padding_mask):
     dtype = _check.comparable_dtype(q)
     q, k = q.to(dtype), _kept(k, key_padding_mask).to(dtype)
     # Distances do not change when everything moves; near the origin |q|^2 + |k|^2 - 2 q . k cancels least.
-    centre = k.mean(dim=2, keepdim=True).detach()
+    centre = _mean_key(k, key_padding_mask).detach()
     q, k = q - centre, k - centre
     squared = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
+    # What rounding makes negative is 0, with the derivatives that it has: a clamp's own would be 0 wherever q is k.
+    squared = squared + (squared.clamp(min=0) - squared).detach()
     logits = squared / (-2 * q.shape[-1] ** 0.5)
     visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
     if causal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,6 +160,30 @@ def set_implementation(model: Any, name: str) -> None:
     refused = sorted(part for part, used in _implementations(model).items() if used != name)
     if refused:
         raise ModelError(f"model: {', '.join(refused)} does not use the attention interface of transformers")
+
+
+@contextmanager
+def undone_on_failure(models: Collection[nn.Module]) -> Iterator[None]:
+    """An exception inside gives every part of these transformers models the implementation that it had."""
+    before = [(config, config._attn_implementation) for model in models for config in _configurations(model)]
+    try:
+        yield
+    except BaseException:
+        # Setting one sets those below it too, which therefore follow.
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        raise
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    """Of a transformers model and of its parts, each before those that it holds."""
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    waiting = [part.config for part in reversed(parts)]
+    while waiting:
+        config = waiting.pop()
+        yield config
+        held = (getattr(config, name, None) for name in config.sub_configs)
+        waiting += [inner for inner in held if inner is not None]
 
 
 def _implementations(model: nn.Module) -> dict[str, str]:

@@ -67,16 +67,19 @@ def kernelize(
             "model: no softmax attention found in it; known are torch.nn.MultiheadAttention, timm's Attention and "
             "models of transformers"
         )
+    new = {name: kind.from_softmax(modules[name], kernel=kernel, normalize=normalize) for name, kind in swaps.items()}
+    chosen = interface.register(kernel=kernel, normalize=normalize) if models else ""
+    # Whether a model of transformers can be switched shows only when it is.
+    with interface.undone_on_failure(models.values()):
+        for module in models.values():
+            interface.set_implementation(module, chosen)
     done = []
     for name, module in modules.items():
         if name in models:
-            chosen = interface.register(kernel=kernel, normalize=normalize)
-            interface.set_implementation(module, chosen)
             done.append(Swapped(name, type(module).__name__, chosen))
-        elif name in swaps:
-            new = swaps[name].from_softmax(module, kernel=kernel, normalize=normalize)
-            _replace(model, module, new)
-            done.append(Swapped(name, type(module).__name__, type(new).__name__))
+        elif name in new:
+            _replace(model, module, new[name])
+            done.append(Swapped(name, type(module).__name__, type(new[name]).__name__))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

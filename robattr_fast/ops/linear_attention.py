@@ -61,6 +61,24 @@ def linear_attention(
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
     """
+    q, k, v = checked(q, k, v, causal, key_padding_mask)
+    _check.integer("q.shape[2] (Nq)", q.shape[2], 1, MAX_POSITIONS)
+    _check.integer("k.shape[2] (Nk)", k.shape[2], 1, MAX_POSITIONS)
+    _check.integer("q.shape[3] (D)", q.shape[3], 1, MAX_WIDTH)
+    _check.integer("v.shape[3] (Dv)", v.shape[3], 1, MAX_WIDTH)
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: got {feature_map!r}, takes one of {', '.join(FEATURE_MAPS)}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
+    return torch.ops.robattr_fast.linear_attention(
+        q, k, v, feature_map, bool(causal), bool(normalize), key_padding_mask, float(eps)
+    )
+
+
+def checked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, key_padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v that fit each other and the masks, cast as autocast wants them. TypeError, ValueError: they do not."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check.float_tensor(name, value)
         if value.dim() != 4:
@@ -68,10 +86,6 @@ def linear_attention(
     q, k, v = _autocast(q, k, v)
     batch, heads, rows, width = q.shape
     keys = k.shape[2]
-    _check.integer("q.shape[2] (Nq)", rows, 1, MAX_POSITIONS)
-    _check.integer("k.shape[2] (Nk)", keys, 1, MAX_POSITIONS)
-    _check.integer("q.shape[3] (D)", width, 1, MAX_WIDTH)
-    _check.integer("v.shape[3] (Dv)", v.shape[3], 1, MAX_WIDTH)
     for name, value, shape in (("k", k, (batch, heads, keys, width)), ("v", v, (batch, heads, keys, v.shape[3]))):
         if value.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {tuple(shape)} for these q and k")
@@ -79,17 +93,11 @@ def linear_attention(
             raise TypeError(f"{name}: got dtype {value.dtype}, takes that of q, {q.dtype}")
         if value.device != q.device:
             raise ValueError(f"{name}: got device {value.device}, takes that of q, {q.device}")
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map: got {feature_map!r}, takes one of {', '.join(FEATURE_MAPS)}")
     if causal and rows != keys:
         raise ValueError(f"causal: got {rows} rows and {keys} keys, takes as many of both")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
     if key_padding_mask is not None:
         _check_mask(key_padding_mask, (batch, keys), q.device)
-    return torch.ops.robattr_fast.linear_attention(
-        q, k, v, feature_map, bool(causal), bool(normalize), key_padding_mask, float(eps)
-    )
+    return q, k, v
 
 
 def _check_mask(mask, shape, device):
@@ -247,6 +255,7 @@ for _name, _call in (
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps = inputs
+    ctx.preference = backends.preference()
     ctx.save_for_backward(*tensors, mask)
 
 
@@ -261,12 +270,16 @@ _NO_GRADIENTS = (None,) * 5
 
 def _backward(ctx, grad):
     tensors, settings = _saved(ctx)
-    return *torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings), *_NO_GRADIENTS
+    with backends.preferring(ctx.preference):
+        gradients = torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings)
+    return *gradients, *_NO_GRADIENTS
 
 
 def _double_backward(ctx, *grads):
     tensors, settings = _saved(ctx)
-    return *torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings), *_NO_GRADIENTS
+    with backends.preferring(ctx.preference):
+        gradients = torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings)
+    return *gradients, *_NO_GRADIENTS
 
 
 def _triple_backward(ctx, *grads):
