@@ -14,12 +14,12 @@ from triton.language.extra import libdevice
 from robattr_fast.kernels._attention_tiles import K, add_product
 from robattr_fast.kernels._select import quotient
 from robattr_fast.kernels._stream import INTERPRETED, box_muller, philox4x32
-from robattr_fast.kernels.count_sparsified import count_sparsified
 
 # From 64 rows on Triton 3.7 gives float32 products to the tensor cores of sm_100 as tf32.
 ROWS = 32
 COLUMNS = 128
 WARPS = 8
+STAGES = 2
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def noisy_gradients(
     scale = tl.full((1, 1), sigma, tl.float64).to(tl.float32)
     x_row = x + image.to(tl.int64) * n
     sums1 = tl.zeros((ROWS, BLOCK1), tl.float32)
-    for tile in range(0, tl.cdiv(n, 64)):
+    for tile in range(tl.cdiv(n, 64)):
         block = tl.broadcast_to((tile * 16 + lane)[None, :], (ROWS, 16)).to(tl.uint32)
         w0, w1, w2, w3 = philox4x32(
             block, sample.to(tl.uint32)[:, None], image_id, seed_low.to(tl.uint32), seed_high.to(tl.uint32)
@@ -237,13 +237,16 @@ def gradient_sizes(
     activation: str,
     sigma: float,
     num_samples: int,
-    target: torch.Tensor | None,
     seed: int,
     first_sample: int,
     image_ids: torch.Tensor,
     sample_offset: torch.Tensor | None,
+    target: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [B, q, n], NaN where a logit is not finite, and classes int64 [B, q] of x [B, n], all float32."""
+    """Scores [B, q, n], NaN where a logit is not finite, and classes int64 [B, q] of x [B, n], all float32.
+
+    seed: int64 in two's complement.
+    """
     batch, n = x.shape
     widths = [len(weight) for weight in weights]
     blocks = [max(16, triton.next_power_of_2(width)) for width in widths]
@@ -252,12 +255,12 @@ def gradient_sizes(
     scores = x.new_empty((batch, num_samples, n))
     classes = torch.empty((batch, num_samples), dtype=torch.int64, device=x.device)
     missing = 3 - len(weights)
-    layers = [tensor for layer in zip(weights, biases, strict=True) for tensor in layer] + [x, x] * missing
+    tensors = [tensor for layer in zip(weights, biases, strict=True) for tensor in layer] + [x, x] * missing
     width1, width2, width3 = widths + [1] * missing
     block1, block2, block3 = blocks + [16] * missing
     noisy_gradients[(programs,)](
         x,
-        *layers,
+        *tensors,
         image_ids if target is None else target,
         image_ids,
         scores,
@@ -284,6 +287,7 @@ def gradient_sizes(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=WARPS,
+        num_stages=STAGES,
         enable_fp_fusion=False,
     )
     return scores, classes

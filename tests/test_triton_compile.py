@@ -75,7 +75,7 @@ class Compiled:
         path.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", path)))
         self.registers, self.stack = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
         self.sass = [line for line in lines if line != "NOP"]
 
     def assert_within(self, registers: int, shared: int):
