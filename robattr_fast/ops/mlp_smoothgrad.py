@@ -211,7 +211,7 @@ def _run_triton(x, counts, layers, noise, target, tau, gamma, packed):
     from robattr_fast.kernels.count_sparsified import count_sparsified as count
     from robattr_fast.kernels.mlp_smoothgrad import gradient_sizes
 
-    scores, classes = gradient_sizes(x, layers.weights, layers.biases, layers.activation, *noise, target)
+    scores, classes = gradient_sizes(x, **layers._asdict(), **noise._asdict(), target=target)
     n = x.shape[1]
     classes.masked_fill_(count(counts, scores, selected(tau, n), selected(gamma, n), packed), -1)
     # Elsewhere the host would have to wait for the device.

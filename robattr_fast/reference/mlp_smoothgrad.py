@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.noisy_samples import noisy_samples
 
-ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "gelu": F.gelu, "silu": F.silu, "softplus": F.softplus, "elu": F.elu}
+_aten = torch.ops.aten
+
+# phi(x), and grad * phi'(x) as autograd has it, of (grad, x).
+ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "tanh": (F.tanh, lambda grad, x: _aten.tanh_backward(grad, x.tanh())),
+    "gelu": (F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
+    "silu": (F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
+    "softplus": (F.softplus, lambda grad, x: _aten.softplus_backward(grad, x, 1, 20)),
+    "elu": (F.elu, lambda grad, x: _aten.elu_backward(grad, 1, 1, 1, False, x)),
+}
 
 
 def gradient_sizes(
@@ -25,16 +35,16 @@ def gradient_sizes(
     f is Linear, activation, Linear, ..., Linear of weights [outputs, inputs] and biases [outputs]. Scores are NaN where
     a logit is not finite; classes are those of the largest logit, the first of equal ones, also with a target.
     """
-    leaf = z.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = F.linear(leaf, weights[0], biases[0])
-        for weight, bias in zip(weights[1:], biases[1:], strict=True):
-            logits = F.linear(ACTIVATIONS[activation](logits), weight, bias)
-        classes = logits.argmax(dim=2)
-        explained = classes if target is None else target[:, None].expand_as(classes)
-        (gradient,) = torch.autograd.grad(logits.gather(2, explained[..., None]).sum(), leaf)
-    finite = torch.isfinite(logits.detach()).all(dim=2, keepdim=True)
-    return torch.where(finite, gradient.abs(), torch.nan), classes
+    phi, backward = ACTIVATIONS[activation]
+    sums = [F.linear(z, weights[0], biases[0])]
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        sums.append(F.linear(phi(sums[-1]), weight, bias))
+    logits = sums.pop()
+    classes = logits.argmax(dim=2)
+    gradient = weights[-1][classes if target is None else target[:, None].expand_as(classes)]
+    for weight in reversed(weights[:-1]):
+        gradient = backward(gradient, sums.pop()) @ weight
+    return torch.where(torch.isfinite(logits).all(dim=2, keepdim=True), gradient.abs(), torch.nan), classes
 
 
 def mlp_smoothgrad(
