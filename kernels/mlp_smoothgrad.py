@@ -110,14 +110,14 @@ def _add_bias(sums, bias, column, columns):
 
 
 @triton.jit
-def _add_word(sums, x_row, first, z, sigma, weight, column, n, inputs_of, WORD: tl.constexpr):
+def _add_word(sums, x_row, first, z, sigma, weight, column, n, outputs, WORD: tl.constexpr):
     """sums + (x + sigma z) W' for the 16 elements of a tile that one word of the blocks makes."""
     e = first + WORD * 16 + tl.arange(0, 16)
     inside = e < n
     noisy = tl.load(x_row + e, mask=inside, other=0.0)[None, :] + sigma * z
     noisy = tl.where(inside[None, :], noisy, 0.0)
     w = weight + column[None, :] * n + e[:, None]
-    return add_product(noisy, tl.load(w, mask=inside[:, None] & (column < inputs_of)[None, :], other=0.0), sums)
+    return add_product(noisy, tl.load(w, mask=inside[:, None] & (column < outputs)[None, :], other=0.0), sums)
 
 
 # Triton would make constants of arguments that equal 1, and constants have no types to convert.

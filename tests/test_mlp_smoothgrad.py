@@ -11,6 +11,7 @@ from torch import nn
 import robattr_fast as rf
 from robattr_fast import backends, perceptron
 from robattr_fast.certify import state
+from robattr_fast.certify.replay import replay
 from robattr_fast.ops.mlp_smoothgrad import Layers, Noise
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.mlp_smoothgrad import ACTIVATIONS
@@ -113,13 +114,14 @@ def test_activations(backend, sizes, activation):
 @pytest.mark.parametrize("target", [None, torch.tensor([2, 0])])
 def test_which_samples_of_which_image(backend, target):
     model, x = integer_network((2 * 5 * 7, 24, 3)), images(2, 2, 5, 7)
-    ids = torch.tensor([2**32 - 1, 6])
-    noise = {"seed": 2**64 - 3, "first_sample": 11, "image_ids": ids, "target": target}
+    ids, first = torch.tensor([2**32 - 1, 6]), 2**31 - 20
+    noise = {"seed": 2**64 - 3, "first_sample": first, "image_ids": ids, "target": target}
     wanted = expected(model, x, 40, 0.2, None, 1, **noise)
     check(run(model, x, 40, 0.2, None, 1, **noise), wanted)
-    offset = noise | {"first_sample": 4, "sample_offset": torch.tensor([7])}
+    offset = noise | {"first_sample": first - 7, "sample_offset": torch.tensor([7])}
     check(run(model, x, 40, 0.2, None, 1, **offset), wanted)
-    split = [run(model, x, count, 0.2, None, 1, **noise | {"first_sample": 11 + a}) for a, count in ((0, 33), (33, 7))]
+    parts = ((first, 33), (first + 33, 7))
+    split = [run(model, x, count, 0.2, None, 1, **noise | {"first_sample": start}) for start, count in parts]
     assert torch.equal(split[0][0] + split[1][0], wanted[0])
     assert torch.equal(torch.cat([part[2] for part in split], 1), wanted[2])
 
@@ -414,6 +416,27 @@ def test_certify_says_so_once(fused, caplog):
     said = [record.getMessage() for record in caplog.records if "mlp_smoothgrad" in record.getMessage()]
     assert said == ["samples are taken by mlp_smoothgrad: the model is a perceptron 24-10-3, relu"]
     assert certificate.settings.batch_size == 260
+
+
+def test_certify_folds_first(fused):
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(24, 10), nn.BatchNorm1d(10)
+    norm(torch.randn(50, 10))
+    model = nn.Sequential(nn.Flatten(), linear, norm, nn.ReLU(), nn.Linear(10, 3)).eval()
+    settings = rf.certify(model, images(1, 24), **CERTIFY).settings
+    assert settings.folded
+    assert "mlp_smoothgrad" in settings.backends
+
+
+@pytest.mark.parametrize("samples", [None, 60])
+def test_replay_takes_the_samples_by_the_model(samples):
+    model, x = integer_network((24, 10, 3)), images(1, 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perceptron, "runs_fused", lambda device: True)
+        certificate = rf.certify(model, x, **CERTIFY)
+    found = replay(certificate, model, x[0], samples=samples)
+    assert found.faults == ()
+    assert found.differences == ("mlp_smoothgrad triton, here unknown",)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from robattr_fast.kernels import (  # noqa: E402
     betting_bounds,
     count_sparsified,
     linear_attention,
+    mlp_smoothgrad,
     noisy_samples,
     packed_gram,
     soft_topk,
@@ -260,6 +261,42 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     # exp looks at high words so, log starts the reciprocal of 1 + its mantissa so: neither loses anything.
     flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
     assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("widths", "activation", "registers", "shared"),
+    [((256, 256, 10), "relu", 200, 68096), ((64, 10), "gelu", 128, 20480)],
+)
+def test_mlp_smoothgrad(architecture, widths, activation, registers, shared, tmp_path):
+    rows, columns, warps = mlp_smoothgrad.ROWS, mlp_smoothgrad.COLUMNS, mlp_smoothgrad.WARPS
+    constants = {"LAYERS": len(widths), "ACTIVATION": activation, "TARGETED": True, "OFFSET": True}
+    blocks = [max(16, triton.next_power_of_2(width)) for width in widths]
+    for i in range(3):
+        constants |= {f"WIDTH{i + 1}": (*widths, 1, 1)[i], f"BLOCK{i + 1}": (*blocks, 16, 16)[i]}
+    types = {f"{kind}{i}": "*fp32" for kind in ("weight", "bias") for i in (1, 2, 3)}
+    types |= dict.fromkeys(("x", "scores", "exchange"), "*fp32")
+    types |= dict.fromkeys(("target", "image_ids", "classes", "sample_offset"), "*i64")
+    types |= dict.fromkeys(("seed_low", "seed_high", "first_sample"), "i64") | {"sigma": "fp64"}
+    compiled = Compiled(
+        mlp_smoothgrad.noisy_gradients,
+        types,
+        constants | {"WIDTH": max(blocks), "ROWS": rows, "COLUMNS": columns},
+        architecture,
+        tmp_path,
+        num_warps=warps,
+        num_stages=mlp_smoothgrad.STAGES,
+        enable_fp_fusion=False,
+    )
+    compiled.assert_within(registers, shared)
+    assert "tf32" not in compiled.ptx, "products of float32 are rounded"
+    assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    assert "ld.global.nc" not in compiled.ptx, "what other threads have just stored may be read from a stale cache"
+    if activation == "relu":  # the others call functions that have such instructions of their own
+        # A slice of 16 columns of each product, and nothing else: contracted, the noise would have other bits.
+        products = [4 * blocks[0], *blocks[1:], *blocks[:-2], columns]
+        fused = len(re.findall(r"fma\.rn\.f32(?!x2)", compiled.ptx)) + 2 * compiled.ptx.count("fma.rn.f32x2")
+        assert fused == sum(products) * rows * 16 // (32 * warps)
 
 
 def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):

@@ -242,6 +242,9 @@ def certify(
 ) -> Certificate:
     """Sample the sparsified SmoothGrad map of each image and certify it.
 
+    On a GPU the gradients of a small perceptron are made and counted by `mlp_smoothgrad`, which is logged: scores then
+    differ from those of the model's own passes by rounding.
+
     Args:
         model: eval-mode module that returns logits [N, classes]; it is explained on a private copy.
         x: [B, *S] finite float images; sigma and radii are in its units.
