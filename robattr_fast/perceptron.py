@@ -1,4 +1,4 @@
-"""Which models `mlp_smoothgrad` computes, and their samples by it instead of noise, forward and backward one by one."""
+"""Which models `mlp_smoothgrad` computes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch import nn
 from robattr_fast import backends
 from robattr_fast.errors import BackendError
 from robattr_fast.ops.mlp_smoothgrad import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Layers
-
-ROWS = 8192
-"""Samples per call, at most: enough programs to fill any device. Their scores take 4 n bytes each."""
 
 _SKIPPED = (nn.Identity, nn.Dropout)
 _ACTIVATIONS = (nn.ReLU(), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.Softplus(), nn.ELU())

@@ -19,14 +19,13 @@ from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
-from robattr_fast.certify.fused import Fused, fused_sampling
+from robattr_fast.certify.fused import LARGEST_BATCH, Fused, fused_sampling
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.merge import joined
 from robattr_fast.certify.settings import AUTOCAST, Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
-from robattr_fast.perceptron import ROWS
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling import (
     Sampler,
@@ -369,7 +368,7 @@ def certify(
         if fused is not None:
             settings = dataclasses.replace(settings, backends=settings.backends | {"mlp_smoothgrad": "triton"})
             if batch_size == "auto":
-                batch_size = min(ROWS, samples * x.shape[0])
+                batch_size = min(LARGEST_BATCH, samples * x.shape[0])
         if resumed is None:
             # Rows beyond the first look of every image would be padding.
             useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))

@@ -11,6 +11,9 @@ from robattr_fast.certify.settings import Settings
 from robattr_fast.ops.mlp_smoothgrad import Layers, Noise, add
 from robattr_fast.sampling import Sampler, Segment
 
+LARGEST_BATCH = 8192
+"""Samples per call where the batch size is chosen: programs enough to fill any device, 4 n bytes of scores each."""
+
 _logger = logging.getLogger("robattr_fast")
 
 
