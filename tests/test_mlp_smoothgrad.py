@@ -98,7 +98,7 @@ def check(got, wanted):
 
 @pytest.mark.parametrize("levels", [1, 15])
 @pytest.mark.parametrize("sizes", [(30, 4), (70, 20, 5), (130, 33, 17, 3), (1, 1, 1, 1), (64, 16, 256)])
-def test_against_autograd(backend, sizes, levels):
+def test_against_torch(backend, sizes, levels):
     model, x = integer_network(sizes), images(2, sizes[0])
     check(run(model, x, 37, 0.3, 0.1, levels), expected(model, x, 37, 0.3, 0.1, levels))
 

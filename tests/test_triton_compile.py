@@ -266,7 +266,7 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("widths", "activation", "registers", "shared"),
-    [((256, 256, 10), "relu", 200, 68096), ((64, 10), "gelu", 128, 20480)],
+    [((256, 256, 10), "relu", 216, 67840), ((64, 10), "gelu", 176, 18688)],
 )
 def test_mlp_smoothgrad(architecture, widths, activation, registers, shared, tmp_path):
     rows, columns, warps = mlp_smoothgrad.ROWS, mlp_smoothgrad.COLUMNS, mlp_smoothgrad.WARPS
