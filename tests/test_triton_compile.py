@@ -263,17 +263,13 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("widths", "activation", "registers", "shared"),
-    [((256, 256, 10), "relu", 216, 67840), ((64, 10), "gelu", 176, 18688)],
-)
-def test_mlp_smoothgrad(architecture, widths, activation, registers, shared, tmp_path):
-    rows, columns, warps = mlp_smoothgrad.ROWS, mlp_smoothgrad.COLUMNS, mlp_smoothgrad.WARPS
+def _gradients(widths, activation, architecture, folder):
+    """The kernel from noise to gradients, for layers of these widths."""
     constants = {"LAYERS": len(widths), "ACTIVATION": activation, "TARGETED": True, "OFFSET": True}
     blocks = [max(16, triton.next_power_of_2(width)) for width in widths]
     for i in range(3):
         constants |= {f"WIDTH{i + 1}": (*widths, 1, 1)[i], f"BLOCK{i + 1}": (*blocks, 16, 16)[i]}
+    constants |= {"WIDTH": max(blocks), "ROWS": mlp_smoothgrad.ROWS, "COLUMNS": mlp_smoothgrad.COLUMNS}
     types = {f"{kind}{i}": "*fp32" for kind in ("weight", "bias") for i in (1, 2, 3)}
     types |= dict.fromkeys(("x", "scores", "exchange"), "*fp32")
     types |= dict.fromkeys(("target", "image_ids", "classes", "sample_offset"), "*i64")
@@ -281,22 +277,41 @@ def test_mlp_smoothgrad(architecture, widths, activation, registers, shared, tmp
     compiled = Compiled(
         mlp_smoothgrad.noisy_gradients,
         types,
-        constants | {"WIDTH": max(blocks), "ROWS": rows, "COLUMNS": columns},
+        constants,
         architecture,
-        tmp_path,
-        num_warps=warps,
+        folder,
+        num_warps=mlp_smoothgrad.WARPS,
         num_stages=mlp_smoothgrad.STAGES,
         enable_fp_fusion=False,
     )
-    compiled.assert_within(registers, shared)
     assert "tf32" not in compiled.ptx, "products of float32 are rounded"
     assert "div.full" not in compiled.ptx, "float32 division is approximate"
     assert "ld.global.nc" not in compiled.ptx, "what other threads have just stored may be read from a stale cache"
-    if activation == "relu":  # the others call functions that have such instructions of their own
-        # A slice of 16 columns of each product, and nothing else: contracted, the noise would have other bits.
-        products = [4 * blocks[0], *blocks[1:], *blocks[:-2], columns]
-        fused = len(re.findall(r"fma\.rn\.f32(?!x2)", compiled.ptx)) + 2 * compiled.ptx.count("fma.rn.f32x2")
-        assert fused == sum(products) * rows * 16 // (32 * warps)
+    return compiled, blocks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlp_smoothgrad(architecture, tmp_path):
+    compiled, blocks = _gradients((256, 256, 10), "relu", architecture, tmp_path)
+    compiled.assert_within(registers=216, shared=67840)
+    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+    # A slice of 16 columns of each product, and nothing else: contracted, the noise would have other bits.
+    products = [4 * blocks[0], *blocks[1:], blocks[0], mlp_smoothgrad.COLUMNS]
+    fused = len(re.findall(r"fma\.rn\.f32(?!x2)", compiled.ptx)) + 2 * compiled.ptx.count("fma.rn.f32x2")
+    assert fused == sum(products) * mlp_smoothgrad.ROWS * 16 // (32 * mlp_smoothgrad.WARPS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlp_smoothgrad_of_two_layers(architecture, tmp_path):
+    _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(registers=176, shared=18688)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu"])
+def test_mlp_smoothgrad_of_other_activations(activation, tmp_path):
+    compiled, _ = _gradients((16, 10), activation, 90, tmp_path)
+    compiled.assert_within(registers=176, shared=18688)
+    functions = set(re.findall(r"\b(?:sqrt|lg2|tanh|sin|cos)\.approx\S*", compiled.ptx))
+    assert not functions, "an approximate function"
 
 
 def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
