@@ -28,8 +28,8 @@ test: install
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own. What is left out
 # tests formulas of autograd, the same on every backend, or rows made to mislead the sampling of the CPU kernels.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,betting_bounds count_sparsified linear_attention \
-  noisy_samples packed_gram soft_topk sparsify topk_threshold))
-ELSEWHERE := not grad and not long and not derivative and not one_tensor and not autocast and not misleads \
+  mlp_smoothgrad noisy_samples packed_gram soft_topk sparsify topk_threshold))
+ELSEWHERE := not gradient and not long and not derivative and not one_tensor and not autocast and not misleads \
   and not bound_of_the_sample
 test-interpret: install
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "triton and $(ELSEWHERE)" $(INTERPRETED)

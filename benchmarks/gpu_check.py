@@ -42,6 +42,7 @@ OPERATORS = (
     "betting_bounds",
     "count_sparsified",
     "linear_attention",
+    "mlp_smoothgrad",
     "noisy_samples",
     "packed_gram",
     "soft_topk",

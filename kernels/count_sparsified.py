@@ -76,7 +76,7 @@ def count_sparsified(
 ) -> torch.Tensor:
     """counts int32 [B, n, L] += the levels of scores [B, q, n]; packed uint8 [B, q, row_bytes] is overwritten.
 
-    Returns the number of invalid samples of each image, int64 [B].
+    Returns which samples are invalid, bool [B, q].
     """
     batch, samples, n = scores.shape
     levels = counts.shape[2]
@@ -107,4 +107,4 @@ def count_sparsified(
             SPLIT=per_program < samples,
             BLOCK=block,
         )
-    return least.isnan().view(batch, samples).sum(dim=1)
+    return least.isnan().view(batch, samples)

@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,32 @@ def _check_count_sparsified_(device: torch.device) -> list[Case]:
     return cases
 
 
+def _check_mlp_smoothgrad(device: torch.device) -> list[Case]:
+    # d f_0 / d z is 1, 3, 2, 0 wherever z is: of equal noise, nothing matters.
+    x = torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = torch.tensor([[1.0, 3.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]], device=device)
+    counts = torch.zeros(1, 4, 2, dtype=torch.int32, device=device)
+    bias, target = torch.tensor([9.0, -90.0], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    classes = ops.mlp_smoothgrad(counts, x, [weight], [bias], 0.1, 7, 0.75, 0.25, target=target)
+    known = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 0]], dtype=torch.int32).view(1, 4, 2) * 7
+    cases = [
+        ("counts known by heart", counts, known),
+        ("classes known by heart", classes, torch.zeros(1, 7, dtype=torch.int64)),
+    ]
+    # Small integers: gradients are exact in every backend.
+    sizes = (100, 20, 17, 3)
+    integers = ((torch.arange(2100, dtype=torch.int64) * 2654435761) % 65_537 % 5 - 2).float().to(device)
+    weights = [integers[inputs:][: outputs * inputs].view(outputs, inputs) for inputs, outputs in pairwise(sizes)]
+    biases = [torch.zeros(outputs, device=device) for outputs in sizes[1:]]
+    x = integers[:200].view(2, 100)
+    for levels in (1, 15):
+        got, expected = (torch.zeros(2, 100, levels, dtype=torch.int32, device=device) for _ in range(2))
+        arguments = x, weights, biases, 0.5, 40, 0.2, 0.1
+        classes, expected_classes = ops.mlp_smoothgrad(got, *arguments), reference.mlp_smoothgrad(expected, *arguments)
+        cases += [(f"levels={levels}", got, expected), (f"classes, levels={levels}", classes, expected_classes)]
+    return cases
+
+
 def _check_packed_gram(device: torch.device) -> list[Case]:
     small = torch.tensor([[1, 2, 0], [0, 3, 3]], dtype=torch.uint8, device=device)
     cases = [
@@ -308,6 +335,7 @@ CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
     "sparsify": _check_sparsify,
     "soft_topk": _check_soft_topk,
     "count_sparsified_": _check_count_sparsified_,
+    "mlp_smoothgrad": _check_mlp_smoothgrad,
     "packed_gram": _check_packed_gram,
     "betting_bounds": _check_betting_bounds,
     "linear_attention": _check_linear_attention,

@@ -122,14 +122,14 @@ class Sampler:
 
     def prepare(self) -> int:
         """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
-        alone = self._sparing(self._logits_of_one_row)
+        alone = self.sparing(self._logits_of_one_row)
         classes = alone.shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
-        (first,) = self._sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
+        (first,) = self.sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
         _check_fixed(alone, first.logits, self._half_digits(alone))
         if callable(self.explain):
-            again = self._sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
+            again = self.sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
             _check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
         else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
@@ -275,7 +275,7 @@ class Sampler:
         Batches of one image are replays of a CUDA graph where the device has such and the model can be captured.
         """
         if len(segments) == 1 and self._captures:
-            scored = self._sparing(lambda: self._replay(_first_rows(segments, self.batch_size)[0]))
+            scored = self.sparing(lambda: self._replay(_first_rows(segments, self.batch_size)[0]))
             if scored is not None:
                 return [scored]
         return self.apply(segments, self._score)
@@ -317,9 +317,9 @@ class Sampler:
             first = _first_rows(segments, self.batch_size)
             return work(first, *self._noisy_rows(first, self.batch_size))
 
-        return self._sparing(attempt)
+        return self.sparing(attempt)
 
-    def _sparing(self, work: Callable[[], _T]) -> _T:
+    def sparing(self, work: Callable[[], _T]) -> _T:
         """``work()``, again with half the batch size as long as memory ends; ModelError if it cannot be halved."""
         while True:
             try:

@@ -20,7 +20,7 @@ LAYERS = [
     {"ops"},
     {"exported"},
     {"model"},
-    {"folding", "step"},
+    {"folding", "step", "perceptron"},
     {"sampling"},
     {"differentiable"},
     {"smoothgrad", "nn"},

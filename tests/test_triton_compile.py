@@ -22,6 +22,7 @@ from robattr_fast.kernels import (  # noqa: E402
     betting_bounds,
     count_sparsified,
     linear_attention,
+    mlp_smoothgrad,
     noisy_samples,
     packed_gram,
     soft_topk,
@@ -75,7 +76,7 @@ class Compiled:
         path.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", path)))
         self.registers, self.stack = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
         self.sass = [line for line in lines if line != "NOP"]
 
     def assert_within(self, registers: int, shared: int):
@@ -260,6 +261,57 @@ def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     # exp looks at high words so, log starts the reciprocal of 1 + its mantissa so: neither loses anything.
     flushed = set(re.findall(r"\w+\S*\.ftz\S*", compiled.ptx))
     assert flushed <= {"abs.ftz.f32", "rcp.approx.ftz.f64"}
+
+
+def _gradients(widths, activation, architecture, folder):
+    """The kernel from noise to gradients, for layers of these widths."""
+    constants = {"LAYERS": len(widths), "ACTIVATION": activation, "TARGETED": True, "OFFSET": True}
+    blocks = [max(16, triton.next_power_of_2(width)) for width in widths]
+    for i in range(3):
+        constants |= {f"WIDTH{i + 1}": (*widths, 1, 1)[i], f"BLOCK{i + 1}": (*blocks, 16, 16)[i]}
+    constants |= {"WIDTH": max(blocks), "ROWS": mlp_smoothgrad.ROWS, "COLUMNS": mlp_smoothgrad.COLUMNS}
+    types = {f"{kind}{i}": "*fp32" for kind in ("weight", "bias") for i in (1, 2, 3)}
+    types |= dict.fromkeys(("x", "scores", "exchange"), "*fp32")
+    types |= dict.fromkeys(("target", "image_ids", "classes", "sample_offset"), "*i64")
+    types |= dict.fromkeys(("seed_low", "seed_high", "first_sample"), "i64") | {"sigma": "fp64"}
+    compiled = Compiled(
+        mlp_smoothgrad.noisy_gradients,
+        types,
+        constants,
+        architecture,
+        folder,
+        num_warps=mlp_smoothgrad.WARPS,
+        num_stages=mlp_smoothgrad.STAGES,
+        enable_fp_fusion=False,
+    )
+    assert "tf32" not in compiled.ptx, "products of float32 are rounded"
+    assert "div.full" not in compiled.ptx, "float32 division is approximate"
+    assert "ld.global.nc" not in compiled.ptx, "what other threads have just stored may be read from a stale cache"
+    return compiled, blocks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlp_smoothgrad(architecture, tmp_path):
+    compiled, blocks = _gradients((256, 256, 10), "relu", architecture, tmp_path)
+    compiled.assert_within(registers=216, shared=67840)
+    assert ".ftz" not in compiled.ptx, "denormals are flushed"
+    # A slice of 16 columns of each product, and nothing else: contracted, the noise would have other bits.
+    products = [4 * blocks[0], *blocks[1:], blocks[0], mlp_smoothgrad.COLUMNS]
+    fused = len(re.findall(r"fma\.rn\.f32(?!x2)", compiled.ptx)) + 2 * compiled.ptx.count("fma.rn.f32x2")
+    assert fused == sum(products) * mlp_smoothgrad.ROWS * 16 // (32 * mlp_smoothgrad.WARPS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mlp_smoothgrad_of_two_layers(architecture, tmp_path):
+    _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(registers=176, shared=18688)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu"])
+def test_mlp_smoothgrad_of_other_activations(activation, tmp_path):
+    compiled, _ = _gradients((16, 10), activation, 90, tmp_path)
+    compiled.assert_within(registers=176, shared=18688)
+    functions = set(re.findall(r"\b(?:sqrt|lg2|tanh|sin|cos)\.approx\S*", compiled.ptx))
+    assert not functions, "an approximate function"
 
 
 def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):

@@ -19,6 +19,7 @@ from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
 from robattr_fast.certify.environment import environment
+from robattr_fast.certify.fused import LARGEST_BATCH, Fused, fused_sampling
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.merge import joined
 from robattr_fast.certify.settings import AUTOCAST, Settings
@@ -26,7 +27,15 @@ from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, check_explain, check_image_ids, check_images, check_target, next_batch
+from robattr_fast.sampling import (
+    Sampler,
+    Segment,
+    check_explain,
+    check_image_ids,
+    check_images,
+    check_target,
+    next_batch,
+)
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -79,6 +88,7 @@ class _Run:
     progress: Callable[[Progress], None] | None
     batch_size: int | None
     """Of all samples so far; None if they differ."""
+    fused: Fused | None
 
     def __post_init__(self) -> None:
         several = self.stop is not None and self.state.retained and self.samples >= 2
@@ -105,12 +115,8 @@ class _Run:
         """Take all samples that are left."""
         with DeferredInterrupt() as interrupt:
             while segments := next_batch(self.state.done, self.wanted, self.first_sample, self.sampler.batch_size):
-                batch = self.sampler.run(segments)
-                if not any(self.state.done):
-                    self.batch_size = self.sampler.batch_size
-                for scored in batch:
-                    self.state.add(scored, self.first_sample)
-                    self._look(scored.segment.image)
+                for image in self._take(segments):
+                    self._look(image)
                 self._report(segments[-1].image)
                 self._save()
                 if interrupt.requested:
@@ -120,6 +126,20 @@ class _Run:
         if interrupt.requested:
             raise CertifyInterrupted(certificate)
         return certificate
+
+    def _take(self, segments: Sequence[Segment]) -> Iterator[int]:
+        """Sample the segments, as far as memory allows; the image of each once it is counted."""
+        if self.fused is None:
+            batch = self.sampler.run(segments)
+            if not any(self.state.done):
+                self.batch_size = self.sampler.batch_size
+            for scored in batch:
+                self.state.add(scored, self.first_sample)
+                yield scored.segment.image
+        else:
+            for segment in segments:
+                self.state.add_fused(segment, self.fused, self.first_sample)
+                yield segment.image
 
     def _look(self, image: int) -> None:
         """At a scheduled look, stop the image if what is wanted is certified: betting bounds hold at any time."""
@@ -220,6 +240,9 @@ def certify(
     progress: bool | Callable[[Progress], None] = False,
 ) -> Certificate:
     """Sample the sparsified SmoothGrad map of each image and certify it.
+
+    On a GPU the gradients of a small perceptron are made and counted by `mlp_smoothgrad`, which is logged: scores then
+    differ from those of the model's own passes by rounding.
 
     Args:
         model: eval-mode module that returns logits [N, classes]; it is explained on a private copy.
@@ -341,6 +364,11 @@ def certify(
         )
     with torch.autocast(x.device.type, enabled=False):
         classes = sampler.prepare()
+        fused = fused_sampling(settings, sampler)
+        if fused is not None:
+            settings = dataclasses.replace(settings, backends=settings.backends | {"mlp_smoothgrad": "triton"})
+            if batch_size == "auto":
+                batch_size = min(LARGEST_BATCH, samples * x.shape[0])
         if resumed is None:
             # Rows beyond the first look of every image would be padding.
             useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
@@ -356,4 +384,4 @@ def certify(
         if resumed is not None and path is not None:
             state.restore(path)
         report = _print_progress if progress is True else progress or None
-        return _Run(sampler, state, first_sample, samples, stop, path, report, size).finish()
+        return _Run(sampler, state, first_sample, samples, stop, path, report, size, fused).finish()

@@ -12,13 +12,14 @@ from robattr_fast import model as _model
 from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import block_rows, rows_in_blocks
+from robattr_fast.certify.fused import Fused
 from robattr_fast.certify.moments import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
 from robattr_fast.certify.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes
-from robattr_fast.sampling import Scored
+from robattr_fast.sampling import Scored, Segment
 
 _NONE = 2**63 - 1  # the first invalid sample where all are valid
 
@@ -60,16 +61,39 @@ class State:
         assert segment.first_sample == first_sample + self.done[segment.image]
         scores = self.scores(scored)
         invalid = self._count(segment.image, scores)
-        valid = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-        if _waits(invalid) or bool(invalid):
+        valid = torch.isfinite(scores).all(dim=1) if _waits(invalid) or bool(invalid) else None
+        self._vote(segment, scored.logits.argmax(dim=1), invalid, valid)
+
+    def add_fused(self, segment: Segment, fused: Fused, first_sample: int) -> None:
+        """Make, score and count the samples of one segment, which follow those that its image has."""
+        image, end = segment.image, segment.first_sample + segment.count
+        assert self.counts is not None
+        counts = self.counts[image : image + 1]
+        while (start := first_sample + self.done[image]) < end:
+
+            def attempt(start: int = start) -> tuple[torch.Tensor, torch.Tensor | None]:
+                rows, packed = self._next_rows(image, min(end - start, fused.sampler.batch_size))
+                return fused(Segment(image, start, rows), counts, packed), packed
+
+            classes, packed = fused.sampler.sparing(attempt)
+            valid = classes >= 0
+            invalid = (~valid).sum(dtype=torch.int32)
+            if packed is not None:
+                self.retained[image].written(len(classes), invalid)
+            self._vote(Segment(image, start, len(classes)), classes.clamp(min=0), invalid, valid)
+
+    def _vote(self, segment: Segment, classes: torch.Tensor, invalid: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """The samples of a segment are counted: ``invalid`` (int32 []) of them are not ``valid`` (None: all are)."""
+        if valid is None:
+            valid = torch.ones(segment.count, dtype=torch.bool, device=classes.device)
+        else:
             self.invalid[segment.image] += invalid
-            valid = torch.isfinite(scores).all(dim=1)
             samples = torch.arange(segment.first_sample, segment.first_sample + segment.count, device=valid.device)
             first = torch.where(valid, _NONE, samples).amin()
             self.first_invalid[segment.image] = torch.minimum(self.first_invalid[segment.image], first)
             if not _waits(invalid):
                 self.check()
-        self.class_counts[segment.image].index_add_(0, scored.logits.argmax(dim=1), valid.to(torch.int32))
+        self.class_counts[segment.image].index_add_(0, classes, valid.to(torch.int32))
         self.done[segment.image] += segment.count
 
     def check(self) -> None:
@@ -110,18 +134,25 @@ class State:
         if self.counts is not None:
             counts, invalid = self.counts[image : image + 1], self.invalid.new_zeros(())
             while len(scores):
-                kept = min(len(scores), self.retained[image].missing) if self.retained else 0
-                part = scores[: kept or len(scores)]
-                packed = self.retained[image].next_rows(kept)[None] if kept else None
+                rows, packed = self._next_rows(image, len(scores))
+                part = scores[:rows]
                 found = count_sparsified_(counts, part[None], tau, gamma, packed=packed)[0]
-                if kept:
-                    self.retained[image].written(kept, found)
+                if packed is not None:
+                    self.retained[image].written(rows, found)
                 invalid, scores = invalid + found, scores[len(part) :]
             return invalid
         assert self.sums is not None
         h = sparsify(scores, tau, gamma, levels=None)
         self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
         return h.isnan().any(dim=1).sum(dtype=torch.int32)
+
+    def _next_rows(self, image: int, most: int) -> tuple[int, torch.Tensor | None]:
+        """How many samples to count next, and where their packed levels go, uint8 [1, rows, row_bytes]; None: nowhere.
+
+        Those that are retained are counted together, the others apart from them.
+        """
+        kept = min(most, self.retained[image].missing) if self.retained else 0
+        return (kept, self.retained[image].next_rows(kept)[None]) if kept else (most, None)
 
     def certificate(
         self, first_sample: int, batch_size: int | None, image: int | None = None, *, moments: bool = True

@@ -6,8 +6,12 @@ import math
 
 import torch
 
+from robattr_fast.reference._pack_levels import packed_row_bytes
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LEVELS = 15  # with level 0 sixteen values: a nibble
+MAX_COUNT = 2**31 - 1
+INDEX_END = 2**32  # sample indices and image ids are one 32-bit word of the counter
 
 
 def float_tensor(name: str, value: object, *, min_dim: int = 1) -> torch.Tensor:
@@ -66,3 +70,62 @@ def seed(value: int) -> int:
     """0 <= seed < 2^64, as the int64 with the same bits."""
     integer("seed", value, 0, 2**64 - 1)
     return value - 2**64 if value >= 2**63 else value
+
+
+def image_ids(value: torch.Tensor | None, batch: int) -> None:
+    """None, or int64 [batch]; what they hold is judged by `given_image_ids`."""
+    if value is not None and (value.dtype != torch.int64 or value.shape != (batch,)):
+        raise ValueError(f"image_ids: got {value.dtype} {tuple(value.shape)}, takes int64 {(batch,)}")
+
+
+def given_image_ids(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Ids in [0, 2^32) on x's device, by default arange(B)."""
+    if value is None:
+        return torch.arange(x.shape[0], device=x.device)
+    if not bool(((value >= 0) & (value < INDEX_END)).all()):
+        raise ValueError(f"image_ids: got {value.tolist()}, takes integers in [0, 2^32)")
+    return value.to(x.device)
+
+
+def sample_offset(value: torch.Tensor | None) -> None:
+    """None, or int64 [1]; what it holds is judged by `sample_indices`."""
+    if value is not None and (value.dtype != torch.int64 or value.shape != (1,)):
+        raise ValueError(f"sample_offset: got {value.dtype} {tuple(value.shape)}, takes int64 (1,) on x's device")
+
+
+def sample_indices(first_sample: int, offset: torch.Tensor | None, num_samples: int) -> None:
+    """All below 2^32, where the offset can be read without waiting for a device."""
+    if offset is not None and offset.device.type == "cpu":
+        integer("first_sample + sample_offset", first_sample + int(offset), 0, INDEX_END - num_samples)
+
+
+def counts(
+    value: torch.Tensor, packed: torch.Tensor | None, batch: int, samples: int, n: int, device: torch.device
+) -> None:
+    """counts int32 [batch, n, L] and packed uint8 [batch, samples, row_bytes] that a kernel can write into."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"counts: got {type(value).__name__}, takes a tensor")
+    if value.dtype != torch.int32:
+        raise TypeError(f"counts: got dtype {value.dtype}, takes int32")
+    if value.dim() != 3 or value.shape[:2] != (batch, n):
+        raise ValueError(f"counts: got shape {tuple(value.shape)}, takes [{batch}, {n}, L]")
+    integer("counts.shape[2] (L)", value.shape[2], 1, MAX_LEVELS)
+    integer("n * L", n * value.shape[2], 1, MAX_COUNT)
+    _written("counts", value, device)
+    if packed is None:
+        return
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"packed: got {type(packed).__name__}, takes a tensor or None")
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: got dtype {packed.dtype}, takes uint8")
+    shape = (batch, samples, packed_row_bytes(n, value.shape[2]))
+    if packed.shape != shape:
+        raise ValueError(f"packed: got shape {tuple(packed.shape)}, takes {shape}")
+    _written("packed", packed, device)
+
+
+def _written(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, takes {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {tensor.stride()}, takes a contiguous tensor")

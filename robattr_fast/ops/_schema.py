@@ -17,6 +17,9 @@ _PUBLIC = (
     "sparsify(Tensor scores, float tau, float gamma, int? levels) -> Tensor",
     "soft_topk(Tensor scores, SymInt k, float temperature) -> (Tensor, Tensor, Tensor)",
     "count_sparsified_(Tensor(a!) counts, Tensor scores, float tau, float gamma, Tensor(b!)? packed) -> Tensor",
+    "mlp_smoothgrad(Tensor(a!) counts, Tensor x, Tensor[] weights, Tensor[] biases, float sigma, SymInt num_samples, "
+    "float tau, float gamma, str activation, Tensor? target, int seed, SymInt first_sample, Tensor? image_ids, "
+    "Tensor? sample_offset, Tensor(b!)? packed) -> Tensor",
     "betting_bounds(Tensor counts, Tensor samples, float delta) -> (Tensor, Tensor)",
     "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, "
     "Tensor? key_padding_mask, float eps) -> Tensor",

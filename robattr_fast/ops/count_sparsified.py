@@ -8,11 +8,8 @@ import torch
 
 from robattr_fast import _extension, backends
 from robattr_fast.ops import _check, _schema
-from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.count_sparsified import count_sparsified_ as _reference
-
-_MAX_COUNT = 2**31 - 1
 
 
 def count_sparsified_(
@@ -46,36 +43,12 @@ def count_sparsified_(
     """
     _check.float_tensor("scores", scores)
     tau, gamma = _check.fractions(tau, gamma)
-    if not isinstance(counts, torch.Tensor):
-        raise TypeError(f"counts: got {type(counts).__name__}, takes a tensor")
-    if counts.dtype != torch.int32:
-        raise TypeError(f"counts: got dtype {counts.dtype}, takes int32")
     if scores.dim() != 3:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, takes [B, q, n]")
     batch, samples, n = scores.shape
-    if counts.dim() != 3 or counts.shape[:2] != (batch, n):
-        raise ValueError(f"counts: got shape {tuple(counts.shape)}, takes [{batch}, {n}, L] for these scores")
-    _check.integer("counts.shape[2] (L)", counts.shape[2], 1, _check.MAX_LEVELS)
-    _check.integer("scores.shape[1] (q)", samples, 1, _MAX_COUNT)
-    _check.integer("n * L", n * counts.shape[2], 1, _MAX_COUNT)
-    _check_written("counts", counts, scores.device)
-    if packed is not None:
-        if not isinstance(packed, torch.Tensor):
-            raise TypeError(f"packed: got {type(packed).__name__}, takes a tensor or None")
-        if packed.dtype != torch.uint8:
-            raise TypeError(f"packed: got dtype {packed.dtype}, takes uint8")
-        shape = (batch, samples, packed_row_bytes(n, counts.shape[2]))
-        if packed.shape != shape:
-            raise ValueError(f"packed: got shape {tuple(packed.shape)}, takes {shape} for these scores and counts")
-        _check_written("packed", packed, scores.device)
+    _check.integer("scores.shape[1] (q)", samples, 1, _check.MAX_COUNT)
+    _check.counts(counts, packed, batch, samples, n, scores.device)
     return torch.ops.robattr_fast.count_sparsified_(counts, scores.detach(), tau, gamma, packed)
-
-
-def _check_written(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: got device {tensor.device}, takes that of scores, {device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: got strides {tensor.stride()}, takes a contiguous tensor")
 
 
 def _run(counts, scores, tau, gamma, packed):
@@ -84,29 +57,32 @@ def _run(counts, scores, tau, gamma, packed):
     return invalid
 
 
-def _check_overflow(overflow):
+def check_overflow(overflow: bool) -> None:
+    """ValueError where a count has wrapped."""
     if overflow:
-        raise ValueError(f"counts: got a count that passes {_MAX_COUNT}, takes at most that many samples in total")
+        raise ValueError(
+            f"counts: got a count that passes {_check.MAX_COUNT}, takes at most that many samples in total"
+        )
 
 
 def _run_reference(scores, counts, invalid, packed, tau, gamma):
     invalid.copy_(_reference(counts, scores, tau, gamma, packed=packed))
-    _check_overflow(bool((counts < 0).any()))
+    check_overflow(bool((counts < 0).any()))
 
 
 def _run_extension(scores, counts, invalid, packed, tau, gamma):
     n = scores.shape[-1]
     k_tau, k_gamma = selected(tau, n), selected(gamma, n)
-    _check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, packed, scores, k_tau, k_gamma))
+    check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, packed, scores, k_tau, k_gamma))
 
 
 def _run_triton(scores, counts, invalid, packed, tau, gamma):
     from robattr_fast.kernels.count_sparsified import count_sparsified as launch
 
     n = scores.shape[-1]
-    invalid.copy_(launch(counts, scores, selected(tau, n), selected(gamma, n), packed))
+    invalid.copy_(launch(counts, scores, selected(tau, n), selected(gamma, n), packed).sum(dim=1))
     # Elsewhere the host would have to wait for the device.
-    _check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
+    check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
 
 
 backends.register("count_sparsified_", "triton", _run_triton, _extension.can_run_triton)

@@ -8,8 +8,6 @@ from robattr_fast import _extension, backends
 from robattr_fast.ops import _check, _schema
 from robattr_fast.reference.noisy_samples import noisy_samples as _reference
 
-_INDEX_END = 2**32  # sample indices and image ids are one 32-bit word of the counter
-
 
 def noisy_samples(
     x: torch.Tensor,
@@ -50,18 +48,14 @@ def noisy_samples(
     """
     _check.float_tensor("x", x, min_dim=2)
     _check.positive("sigma", sigma)
-    _check.integer("num_samples", num_samples, 1, _INDEX_END)
-    _check.integer("first_sample", first_sample, 0, _INDEX_END - num_samples)
+    _check.integer("num_samples", num_samples, 1, _check.INDEX_END)
+    _check.integer("first_sample", first_sample, 0, _check.INDEX_END - num_samples)
     if dtype is not None and dtype not in _check.FLOAT_DTYPES:
         raise TypeError(f"dtype: got {dtype}, takes float32, float64, bfloat16, float16 or None")
     if channels_last and x.dim() != 4:
         raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
-    if image_ids is not None and (image_ids.dtype != torch.int64 or image_ids.shape != x.shape[:1]):
-        raise ValueError(f"image_ids: got {image_ids.dtype} {tuple(image_ids.shape)}, takes int64 {tuple(x.shape[:1])}")
-    if sample_offset is not None and (sample_offset.dtype != torch.int64 or sample_offset.shape != (1,)):
-        raise ValueError(
-            f"sample_offset: got {sample_offset.dtype} {tuple(sample_offset.shape)}, takes int64 (1,) on x's device"
-        )
+    _check.image_ids(image_ids, x.shape[0])
+    _check.sample_offset(sample_offset)
     return torch.ops.robattr_fast.noisy_samples(
         x,
         float(sigma),
@@ -103,12 +97,8 @@ def fill(
 
 
 def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dtype, channels_last, fast=False):
-    if image_ids is None:
-        image_ids = torch.arange(x.shape[0], device=x.device)
-    elif not bool(((image_ids >= 0) & (image_ids < _INDEX_END)).all()):
-        raise ValueError(f"image_ids: got {image_ids.tolist()}, takes integers in [0, 2^32)")
-    if sample_offset is not None and sample_offset.device.type == "cpu":
-        _check.integer("first_sample + sample_offset", first_sample + int(sample_offset), 0, _INDEX_END - num_samples)
+    image_ids = _check.given_image_ids(image_ids, x)
+    _check.sample_indices(first_sample, sample_offset, num_samples)
     out = _empty_result(x, num_samples, dtype, channels_last)
     fill(
         out,
@@ -116,7 +106,7 @@ def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dt
         sigma,
         seed=seed,
         first_sample=first_sample,
-        image_ids=image_ids.to(x.device),
+        image_ids=image_ids,
         sample_offset=sample_offset,
         fast=fast,
     )

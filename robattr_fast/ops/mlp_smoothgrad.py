@@ -1,0 +1,230 @@
+"""`mlp_smoothgrad`: checks, public function, fake kernel, choice of backend. Definition: reference/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from robattr_fast import _extension, backends
+from robattr_fast.ops import _check, _schema
+from robattr_fast.ops.count_sparsified import check_overflow
+from robattr_fast.reference._select import selected
+from robattr_fast.reference.mlp_smoothgrad import ACTIVATIONS
+from robattr_fast.reference.mlp_smoothgrad import mlp_smoothgrad as _reference
+
+MAX_LAYERS = 3
+MAX_WIDTH = 256  # outputs of a layer
+MAX_INPUTS = 16384  # what selection holds in the registers of one program
+
+
+class Layers(NamedTuple):
+    """Linear, activation, ..., Linear: contiguous float32 [outputs, inputs] and [outputs]."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    activation: str
+
+
+class Noise(NamedTuple):
+    """Which noise, as for `noisy_samples`; ``seed`` in two's complement, ``image_ids`` on x's device."""
+
+    sigma: float
+    num_samples: int
+    seed: int
+    first_sample: int
+    image_ids: torch.Tensor
+    sample_offset: torch.Tensor | None = None
+
+
+def mlp_smoothgrad(
+    counts: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    sigma: float,
+    num_samples: int,
+    tau: float,
+    gamma: float | None = None,
+    *,
+    activation: str = "relu",
+    target: torch.Tensor | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    image_ids: torch.Tensor | None = None,
+    sample_offset: torch.Tensor | None = None,
+    packed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add the sparsified input gradients of noisy copies of ``x`` under a small perceptron to ``counts``.
+
+    The same as `noisy_samples`, the sizes |d f_c / d z| of the gradients of Linear, activation, ..., Linear, and
+    `count_sparsified_`; noisy copies and what the layers give stay on the chip. Products and sums are of float32.
+    Detached.
+
+    Args:
+        counts: int32 [B, n, L], contiguous, changed in place, as for `count_sparsified_`.
+        x: float32 [B, *S], n <= 16384 elements each.
+        weights, biases: float32 [outputs, inputs] and [outputs] of one to three layers of at most 256 outputs; the
+            first has n inputs, the last gives the logits.
+        sigma, num_samples, seed, first_sample, image_ids, sample_offset: which noise, as for `noisy_samples`.
+        tau, gamma: as for `sparsify`.
+        activation: between layers: "relu", "tanh", "gelu" (exact), "silu", "softplus" or "elu", as torch.nn has them
+            by default, with the derivatives of torch.
+        target: int64 [B], the class c to explain; None: the largest logit of each noisy sample.
+        packed: uint8 [B, num_samples, row_bytes], as for `count_sparsified_`.
+
+    Returns:
+        int64 [B, num_samples]: the class of the largest logit of each sample, whatever the target; -1 for an invalid
+        sample (a logit or a gradient that is NaN or infinite), which changes no count.
+
+    Raises:
+        TypeError, ValueError: an argument outside of what is named above.
+    """
+    _check.float_tensor("x", x, min_dim=2)
+    _check_float32("x", x, x.device)
+    batch, n = x.shape[0], x[0].numel()
+    _check.integer("elements of an image of x", n, 1, MAX_INPUTS)
+    _check.positive("sigma", sigma)
+    _check.integer("num_samples", num_samples, 1, 2**31 - 1)
+    _check.integer("first_sample", first_sample, 0, _check.INDEX_END - num_samples)
+    tau, gamma = _check.fractions(tau, gamma)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
+    _check_layers(weights, biases, n, x.device)
+    _check.image_ids(image_ids, batch)
+    _check.sample_offset(sample_offset)
+    if target is not None and (target.dtype != torch.int64 or target.shape != (batch,)):
+        raise ValueError(f"target: got {target.dtype} {tuple(target.shape)}, takes int64 {(batch,)}")
+    _check.counts(counts, packed, batch, num_samples, n, x.device)
+    return torch.ops.robattr_fast.mlp_smoothgrad(
+        counts,
+        x.detach(),
+        [weight.detach() for weight in weights],
+        [bias.detach() for bias in biases],
+        float(sigma),
+        num_samples,
+        tau,
+        gamma,
+        activation,
+        target,
+        _check.seed(seed),
+        first_sample,
+        image_ids,
+        sample_offset,
+        packed,
+    )
+
+
+def _check_float32(name, tensor, device):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, takes a tensor")
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, takes float32: its kernels compute in nothing else")
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, takes that of x, {device}")
+
+
+def _check_layers(weights, biases, n, device):
+    if not 1 <= len(weights) <= MAX_LAYERS:
+        raise ValueError(f"weights: got {len(weights)} layers, takes 1 to {MAX_LAYERS}")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: got {len(biases)}, takes one for each of {len(weights)} layers")
+    inputs = n
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _check_float32(f"weights[{index}]", weight, device)
+        _check_float32(f"biases[{index}]", bias, device)
+        if weight.dim() != 2 or weight.shape[1] != inputs:
+            raise ValueError(f"weights[{index}]: got shape {tuple(weight.shape)}, takes [outputs, {inputs}]")
+        _check.integer(f"weights[{index}].shape[0]", weight.shape[0], 1, MAX_WIDTH)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"biases[{index}]: got shape {tuple(bias.shape)}, takes {tuple(weight.shape[:1])}")
+        inputs = weight.shape[0]
+
+
+def add(
+    counts: torch.Tensor,
+    x: torch.Tensor,
+    layers: Layers,
+    noise: Noise,
+    target: torch.Tensor | None,
+    tau: float,
+    gamma: float,
+    packed: torch.Tensor | None,
+) -> torch.Tensor:
+    """`mlp_smoothgrad` for loops that must not wait for the device: nothing is checked. x [B, n], contiguous."""
+    return backends.call("mlp_smoothgrad", x, counts, layers, noise, target, tau, gamma, packed)
+
+
+def _run(
+    counts,
+    x,
+    weights,
+    biases,
+    sigma,
+    num_samples,
+    tau,
+    gamma,
+    activation,
+    target,
+    seed,
+    first_sample,
+    image_ids,
+    sample_offset,
+    packed,
+):
+    classes = weights[-1].shape[0]
+    if target is not None:
+        if not bool(((target >= 0) & (target < classes)).all()):
+            raise ValueError(f"target: got {target.tolist()}, takes classes in [0, {classes})")
+        target = target.to(x.device)
+    _check.sample_indices(first_sample, sample_offset, num_samples)
+    layers = Layers([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases], activation)
+    ids = _check.given_image_ids(image_ids, x)
+    noise = Noise(sigma, num_samples, seed, first_sample, ids, sample_offset)
+    return add(counts, x.flatten(1).contiguous(), layers, noise, target, tau, gamma, packed)
+
+
+def _run_reference(x, counts, layers, noise, target, tau, gamma, packed):
+    offset = 0 if noise.sample_offset is None else int(noise.sample_offset)
+    classes = _reference(
+        counts,
+        x,
+        layers.weights,
+        layers.biases,
+        noise.sigma,
+        noise.num_samples,
+        tau,
+        gamma,
+        activation=layers.activation,
+        target=target,
+        seed=noise.seed % 2**64,
+        first_sample=noise.first_sample + offset,
+        image_ids=noise.image_ids,
+        packed=packed,
+    )
+    check_overflow(bool((counts < 0).any()))
+    return classes
+
+
+def _run_triton(x, counts, layers, noise, target, tau, gamma, packed):
+    from robattr_fast.kernels.count_sparsified import count_sparsified as count
+    from robattr_fast.kernels.mlp_smoothgrad import gradient_sizes
+
+    scores, classes = gradient_sizes(x, **layers._asdict(), **noise._asdict(), target=target)
+    n = x.shape[1]
+    classes.masked_fill_(count(counts, scores, selected(tau, n), selected(gamma, n), packed), -1)
+    # Elsewhere the host would have to wait for the device.
+    check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
+    return classes
+
+
+backends.register("mlp_smoothgrad", "triton", _run_triton, _extension.can_run_triton)
+backends.register("mlp_smoothgrad", "reference", _run_reference, _extension.can_run_anywhere)
+_schema.PUBLIC.impl("mlp_smoothgrad", _run, "CPU")
+_schema.PUBLIC.impl("mlp_smoothgrad", _run, "CUDA")
+
+
+@torch.library.register_fake("robattr_fast::mlp_smoothgrad", lib=_schema.PUBLIC)
+def _fake(counts, x, weights, biases, sigma, num_samples, *_):
+    return x.new_empty((x.shape[0], num_samples), dtype=torch.int64)
