@@ -126,6 +126,14 @@ def test_which_samples_of_which_image(backend, target):
     assert torch.equal(torch.cat([part[2] for part in split], 1), wanted[2])
 
 
+def test_ids_and_targets_of_any_stride(backend):
+    model, x = integer_network((40, 10, 3)), images(3, 40)
+    ids, targets = torch.arange(6)[::2], torch.tensor([2]).expand(3)
+    strided = run(model, x, 9, 0.2, None, 1, image_ids=ids, target=targets)
+    check(strided, run(model, x, 9, 0.2, None, 1, image_ids=ids.clone(), target=targets.clone()))
+    check(strided, expected(model, x, 9, 0.2, None, 1, image_ids=ids.clone(), target=targets.clone()))
+
+
 def test_target_does_not_change_the_classes(backend):
     model, x = integer_network((40, 10, 3)), images(2, 40)
     free, told = (run(model, x, 33, 0.2, None, 1, target=t) for t in (None, torch.tensor([1, 1])))

@@ -34,6 +34,26 @@ def _noise(name: str, what: str, share: float | None, bytes_per_element: int, **
     )
 
 
+def _attention(name: str, what: str, order: int, targets: dict[str, float | None], **spec: Any) -> Entry:
+    """Of the arrays of the size of q that attention and its derivatives read and write at least, the bytes."""
+    sides = {"einsum of all pairs": "pairs", "SDPA, fused": "flash", "flash-linear-attention": "fla", FLOOR: ""}
+    shape = {"batch": 256, "heads": 12, "positions": 197, "width": 64, "causal": False, "dtype": "bfloat16", **spec}
+    return Entry(
+        name=name,
+        title=f"attention on a GPU, {what}, D = 64, {shape['dtype']}",
+        unit="ps per element of q",
+        scale=1e12,
+        gate="attention",
+        spec={"device": "cuda", "order": order, **shape},
+        sides=(
+            Sided(OURS, "attention.ours"),
+            *(Sided(label, f"attention.{sides[label]}") for label in targets if label != FLOOR),
+        ),
+        targets=tuple(Target(label, value) for label, value in targets.items()),
+        floor_bytes=(4, 11, 22)[order] * (2 if shape["dtype"] == "bfloat16" else 4),
+    )
+
+
 def _select(name: str, n: int, rows: int, levels: int) -> Entry:
     sides = [Sided(OURS, "select.ours"), Sided("CUDA C++", "select.cuda"), Sided("torch", "select.torch")]
     targets = [Target("CUDA C++", None), Target("torch", None), Target(FLOOR, 0.5)]
@@ -79,6 +99,27 @@ ENTRIES: tuple[Entry, ...] = (
         for levels in (1, 15)
     ),
     *(gram(f"G.gram.levels{levels}", " on a GPU", 2048, levels, device="cuda") for levels in (1, 15)),
+    _attention("G5.forward", "output alone, N = 197, B H = 3072", 0, {FLOOR: 0.7, "SDPA, fused": None}),
+    _attention("G5", "output and gradients, N = 197, B H = 3072", 1, {FLOOR: 0.6, "SDPA, fused": None}),
+    _attention("G6", "output and gradients, N = 4096", 1, {"SDPA, fused": 10}, batch=8, positions=4096),
+    _attention(
+        "G7",
+        "output, first and second derivatives, N = 1024",
+        2,
+        {"einsum of all pairs": 3},
+        batch=2,
+        positions=1024,
+        dtype="float32",
+    ),
+    _attention(
+        "G8",
+        "causal, output and gradients, N = 1024",
+        1,
+        {"flash-linear-attention": 2},
+        batch=32,
+        positions=1024,
+        causal=True,
+    ),
     Entry(
         name="G9",
         title="whole job on a GPU, ResNet-50, 224x224: bfloat16 and graph replay, peers in float32",
@@ -96,4 +137,3 @@ ENTRIES: tuple[Entry, ...] = (
         apart=True,
     ),
 )
-"""Of attention (G5 to G8) none is here yet."""

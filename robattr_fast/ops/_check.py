@@ -79,12 +79,12 @@ def image_ids(value: torch.Tensor | None, batch: int) -> None:
 
 
 def given_image_ids(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """Ids in [0, 2^32) on x's device, by default arange(B)."""
+    """Ids in [0, 2^32) on x's device, contiguous, by default arange(B)."""
     if value is None:
         return torch.arange(x.shape[0], device=x.device)
     if not bool(((value >= 0) & (value < INDEX_END)).all()):
         raise ValueError(f"image_ids: got {value.tolist()}, takes integers in [0, 2^32)")
-    return value.to(x.device)
+    return value.to(x.device).contiguous()
 
 
 def sample_offset(value: torch.Tensor | None) -> None:

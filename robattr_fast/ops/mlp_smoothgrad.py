@@ -177,7 +177,7 @@ def _run(
     if target is not None:
         if not bool(((target >= 0) & (target < classes)).all()):
             raise ValueError(f"target: got {target.tolist()}, takes classes in [0, {classes})")
-        target = target.to(x.device)
+        target = target.to(x.device).contiguous()
     _check.sample_indices(first_sample, sample_offset, num_samples)
     layers = Layers([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases], activation)
     ids = _check.given_image_ids(image_ids, x)

@@ -133,13 +133,13 @@ def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset, 
 
 def _run_cpu(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
     first = _first(first_sample, sample_offset)
-    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first, image_ids.contiguous())
+    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first, image_ids)
 
 
 def _run_triton(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
     from robattr_fast.kernels.noisy_samples import noisy_samples as launch
 
-    launch(x, out, sigma, seed, first_sample, image_ids.contiguous(), sample_offset, fast)
+    launch(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast)
 
 
 backends.register("noisy_samples", "triton", _run_triton, _extension.can_run_triton)
