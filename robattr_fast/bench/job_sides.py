@@ -203,10 +203,11 @@ class _Rate:
 def _whole(spec: Spec) -> Side:
     """All of `certify` and one question to its certificate: copies, folding, trial, samples, bounds."""
     model, x = model_and_image(spec)
+    settings = {"sigma": SIGMA, "tau": TAU, "alpha": ALPHA, "samples": spec["samples"]}
 
     def round() -> dict[str, Any]:
         start = time.perf_counter()
-        certificate = rf.certify(model, x, sigma=SIGMA, tau=TAU, alpha=ALPHA, samples=spec["samples"])
+        certificate = rf.certify(model, x, **settings, second_moment=spec.get("second_moment", True))
         certificate.overlap(x.numel() // 5, 0.06)
         return {"seconds": time.perf_counter() - start, "units": spec["samples"]}
 

@@ -230,10 +230,15 @@ ENTRIES: tuple[Entry, ...] = (
         spec={"model": "small-cnn", "samples": 8192, "batch_size": 64, "batch_sizes": [64]},
         sides=(
             Sided(OURS, "job.whole"),
+            Sided("ours without second moments", "job.whole", {"second_moment": False}),
             Sided("published loop, batch 64", "job.published", {"samples": 2048}, tune=False),
             Sided("Captum NoiseTunnel", "job.captum", {"samples": 2048}),
         ),
-        targets=(Target("published loop, batch 64", 3), Target("Captum NoiseTunnel", None)),
+        targets=(
+            Target("ours without second moments", None),
+            Target("published loop, batch 64", 3),
+            Target("Captum NoiseTunnel", None),
+        ),
         rounds=5,
         quick_rounds=2,
         apart=True,

@@ -163,7 +163,8 @@ def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
     half = rows // 2
     inner = gram.to(torch.float64).div_(num_levels**2)
     to_half = inner[:, :half].mean(1)
-    about_half = inner[:, :half] - to_half[:, None] - to_half[None, :half] + to_half[:half].mean()
+    about_half = inner[:, :half].clone()
+    about_half.sub_(to_half[:, None]).sub_(to_half[None, :half]).add_(to_half[:half].mean())
     entry_error = rounding_of(inner)
     norm2 = float(inner.mean())
     half_eigenvalue = largest_eigenvalue(about_half[:half]) / half + entry_error
