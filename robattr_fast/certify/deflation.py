@@ -28,7 +28,7 @@ DIRECTIONS = 2
 _LARGEST = 127
 _MOST = 0.95  # of w_j^2: where it is 1 there is nothing to shrink
 _FEWEST_PILOTS = 8
-_BYTES = 1024  # of packed rows that are unpacked at a time: all at once would be 32 times their size
+_BYTES = 256  # of packed rows that are unpacked at a time: all at once would be 32 times their size
 
 
 def pilot_rows(planned: int, block: int) -> int:
@@ -143,11 +143,15 @@ def summarize_deflated(gram: Tensor, coordinates: Tensor, squares: tuple[float, 
 def _combined(weights: Tensor, rows: Tensor, num_levels: int) -> Tensor:
     """weights float32 ``[2, m]`` times packed rows: float32 ``[2, elements]``, one position of some bytes at a time."""
     bits, weights = bits_per_element(num_levels), weights.to(rows.device)
-    blocks = []
-    for part in rows.split(_BYTES, dim=1):
-        planes = [weights @ ((part >> shift) & (2**bits - 1)).to(torch.float32) for shift in range(0, 8, bits)]
-        blocks.append(torch.stack(planes, dim=-1).flatten(1))
-    return torch.cat(blocks, dim=1).cpu()
+    # Small results between large temporaries would keep the heap from shrinking: they go where they belong at once.
+    found = weights.new_empty(len(weights), rows.shape[1], 8 // bits)
+    for first in range(0, rows.shape[1], _BYTES):
+        part = rows[:, first : first + _BYTES]
+        for plane in range(8 // bits):
+            levels = ((part >> (plane * bits)) & (2**bits - 1)).to(torch.float32)
+            for row, weight in zip(found, weights, strict=True):
+                row[first : first + _BYTES, plane] = weight @ levels
+    return found.flatten(1).cpu()
 
 
 def _integer_products(rows: Tensor, directions: Tensor, num_levels: int) -> Tensor:
