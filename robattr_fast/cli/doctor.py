@@ -34,7 +34,7 @@ def doctor(
 def _print(examination: Examination, console: Console) -> None:
     operators = Table(box=None, padding=(0, 2, 0, 0), title="Operators", title_justify="left", title_style="bold")
     for heading in ("operator", "device", "backend", "self-check", "passed over"):
-        operators.add_column(heading, overflow="fold")
+        operators.add_column(heading, overflow="fold", no_wrap=heading == "operator")
     for row in examination.operators:
         check = _MARKS[row.check] + ("" if row.check == "ok" else f" {escape(row.detail)}")
         reasons = "; ".join(f"{name}: {reason}" for name, reason in row.passed_over.items())
