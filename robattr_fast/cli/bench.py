@@ -17,7 +17,7 @@ _WIDTH = 120
 def bench(
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Entry or family: P1 ... P7, bounds, gram; may be repeated.", show_default="all"),
+        typer.Option(help="Entry or family: P1 ... P7, bounds, gram, attention; may be repeated.", show_default="all"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything, in some 3 minutes.")] = False,
     base: Annotated[

@@ -216,8 +216,8 @@ class Results:
         for at in self.radii:
             table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
         table.add_column("class", overflow="fold")
-        table.add_column("class certified to", justify="right")
-        table.add_column("samples", justify="right")
+        table.add_column("class certified to", justify="right", overflow="fold")
+        table.add_column("samples", justify="right", overflow="fold")
         table.add_column("time", justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(

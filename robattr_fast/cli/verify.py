@@ -221,10 +221,10 @@ def _table(found: list[_Verified], shares: list[float], radii: list[float], over
     table.add_column("top", justify="right", no_wrap=True)
     for at in radii:
         table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
-    table.add_column(f"{100 * overlap:g} % stays to", justify="right")
-    table.add_column("class", justify="right")
-    table.add_column("certified to", justify="right")
-    table.add_column("samples", justify="right")
+    table.add_column(f"{100 * overlap:g} % stays to", justify="right", overflow="fold")
+    table.add_column("class", justify="right", overflow="fold")
+    table.add_column("certified to", justify="right", overflow="fold")
+    table.add_column("samples", justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for one in found:
         verdict = "[bold red]failed[/]" if one.faults else "[green]ok[/]"

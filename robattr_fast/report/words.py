@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from robattr_fast.certify import Certificate
 
@@ -15,10 +15,14 @@ def remarks(cert: Certificate) -> list[str]:
     if cert.reason is not None:
         found.append(cert.reason)
     elif cert.stopped_off_plan:
-        found.append(f"{cert.samples.tolist()} samples of {list(cert.settings.planned_samples or ())} planned")
+        found.append(f"{_listed(cert.samples)} samples of {_listed(cert.settings.planned_samples or ())} planned")
     if cert.invalid.any():
-        found.append(f"{cert.invalid.tolist()} samples were not finite and count as the zero map")
+        found.append(f"{_listed(cert.invalid)} samples were not finite and count as the zero map")
     return found
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(str(int(number)) for number in numbers)
 
 
 def proved(certs: Sequence[Certificate]) -> list[str]:
