@@ -31,16 +31,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = ("triton_on_gpu", "cuda_on_gpu") if torch.cuda.is_available() else ()
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu", *ON_GPU])
-def backend(request):
-    """Runs the test on each backend that takes CPU tensors, or can be given them."""
+def backend_of(*names: str):
+    """A fixture that runs the test on each of these backends, and on those of a GPU where there is one."""
+
+    @pytest.fixture(params=["triton"] if INTERPRETED else [*names, *ON_GPU])
+    def backend(request):
+        yield from _in_turn(request)
+
+    return backend
+
+
+def _in_turn(request):
     if request.param == "cpu":
         needs_extension()
     name = request.param.removesuffix("_on_gpu")
     if name == request.param:
-        own = request.module.__name__.removeprefix("test_")
-        if own in backends.operators() and name not in backends._registry[own]:
-            pytest.skip(f"{own} has no {name} kernel")
         with backends.use(name, strict=True):
             yield name
         return
@@ -58,6 +63,9 @@ def backend(request):
             patch.setitem(backends._registry[own], name, there)
         with backends.use(**dict.fromkeys(chosen, name), strict=True):
             yield request.param
+
+
+backend = backend_of("reference", "cpu")
 
 
 def moved(call, device):

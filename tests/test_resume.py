@@ -86,13 +86,13 @@ KILLED = textwrap.dedent("""
     kills = 0
     while True:
         child = start()
-        time.sleep(clock.uniform(0.05, 0.25) * whole)
+        time.sleep(clock.uniform(0.02, 0.25) * whole)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):
             break
         kills += 1
-        if kills == 6:
+        if kills == 12:
             status = os.waitpid(start(), 0)[1]
             break
     print(kills, os.waitstatus_to_exitcode(status))

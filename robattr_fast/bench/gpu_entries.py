@@ -35,8 +35,8 @@ def _noise(name: str, what: str, share: float | None, bytes_per_element: int, **
 
 
 def _attention(name: str, what: str, order: int, targets: dict[str, float | None], **spec: Any) -> Entry:
-    """Of the arrays of the size of q that attention and its derivatives read and write at least, the bytes."""
-    sides = {"einsum of all pairs": "pairs", "SDPA, fused": "flash", "flash-linear-attention": "fla", FLOOR: ""}
+    """Attention with its derivatives up to the order; the floor counts the arrays of the size of q that must move."""
+    sides = {"einsum of all pairs": "pairs", "SDPA, fused": "flash", "flash-linear-attention": "fla"}
     shape = {"batch": 256, "heads": 12, "positions": 197, "width": 64, "causal": False, "dtype": "bfloat16", **spec}
     return Entry(
         name=name,
@@ -47,7 +47,7 @@ def _attention(name: str, what: str, order: int, targets: dict[str, float | None
         spec={"device": "cuda", "order": order, **shape},
         sides=(
             Sided(OURS, "attention.ours"),
-            *(Sided(label, f"attention.{sides[label]}") for label in targets if label != FLOOR),
+            *(Sided(label, f"attention.{side}") for label, side in sides.items() if label in targets),
         ),
         targets=tuple(Target(label, value) for label, value in targets.items()),
         floor_bytes=(4, 11, 22)[order] * (2 if shape["dtype"] == "bfloat16" else 4),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class _Verified:
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def images(self) -> list[Certificate]:
         """A certificate for each image; that of a single one has its bounds already."""
         if self.cert is None:
