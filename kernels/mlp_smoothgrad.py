@@ -139,7 +139,7 @@ def noisy_gradients(
     seed_low,
     seed_high,
     first_sample,
-    sample_offset,  # int64 [1] where OFFSET, added to first_sample: a captured graph is replayed for other samples
+    sample_offset,  # int64 [B] where OFFSET, added to first_sample: a captured graph is replayed for other samples
     samples,
     n,
     LAYERS: tl.constexpr,
@@ -163,7 +163,7 @@ def noisy_gradients(
     number = (tl.program_id(0) % per_image) * ROWS + row
     sample = first_sample + number
     if OFFSET:
-        sample += tl.load(sample_offset)
+        sample += tl.load(sample_offset + image)
     exchange += tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
 
     lane = tl.arange(0, 16)
@@ -270,7 +270,7 @@ def gradient_sizes(
         seed & 0xFFFFFFFF,
         (seed >> 32) & 0xFFFFFFFF,
         first_sample,
-        image_ids if sample_offset is None else sample_offset,
+        image_ids if sample_offset is None else sample_offset.expand_as(image_ids).contiguous(),
         num_samples,
         n,
         LAYERS=len(weights),

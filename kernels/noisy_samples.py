@@ -36,7 +36,7 @@ def _noisy_samples(
     seed_low,
     seed_high,
     first_sample,
-    sample_offset,  # int64 [1] where OFFSET, added to first_sample: a captured graph is replayed for other samples
+    sample_offset,  # int64 [B] where OFFSET, added to first_sample: a captured graph is replayed for other samples
     num_samples,
     n,
     plane,
@@ -51,7 +51,7 @@ def _noisy_samples(
     image = tl.program_id(0) // num_samples
     sample = first_sample + tl.program_id(0) % num_samples
     if OFFSET:
-        sample += tl.load(sample_offset)
+        sample += tl.load(sample_offset + image)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     image_id = tl.load(image_ids + image).to(tl.uint32)
     w0, w1, w2, w3 = philox4x32(
@@ -107,7 +107,7 @@ def noisy_samples(
         seed & 0xFFFFFFFF,
         (seed >> 32) & 0xFFFFFFFF,
         first_sample,
-        image_ids if sample_offset is None else sample_offset,
+        image_ids if sample_offset is None else sample_offset.expand_as(image_ids).contiguous(),
         num_samples,
         n,
         n // channels,

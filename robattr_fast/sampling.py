@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from robattr_fast.errors import ModelError
 from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
-from robattr_fast.step import Step, can_capture
+from robattr_fast.step import Following, Segment, Step, can_capture
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -34,15 +34,6 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 """In which the model gets its batches."""
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows of a batch that belong to one image: samples [first_sample, first_sample + count)."""
-
-    image: int
-    first_sample: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class Sampler:
         self.batch_size = self._clamped(_FIRST_ROWS)
         self.memory_format = "contiguous"
         self._buffer = torch.empty(0)
-        self._step: Step | None = None
+        self._steps: dict[tuple[int, bool], Step] = {}  # by number of images and whether something follows
         # A callable may do what no graph can repeat.
         self._captures = can_capture(x.device) and isinstance(explain, str)
 
@@ -272,28 +263,57 @@ class Sampler:
     def run(self, segments: Sequence[Segment]) -> list[Scored]:
         """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`).
 
-        Batches of one image are replays of a CUDA graph where the device has such and the model can be captured.
+        Batches are replays of a CUDA graph where the device has such and the model can be captured.
         """
-        if len(segments) == 1 and self._captures:
-            scored = self.sparing(lambda: self._replay(_first_rows(segments, self.batch_size)[0]))
-            if scored is not None:
-                return [scored]
-        return self.apply(segments, self._score)
+        replayed = self._replay(segments, None)
+        if replayed is None:
+            return self.apply(segments, self._score)
+        taken, (scores, logits) = replayed
+        return _by_segment(taken, scores, logits)
 
-    def _replay(self, segment: Segment) -> Scored | None:
-        """One batch of one image by the captured step; None where the model cannot be captured."""
+    def replay_through(
+        self, segment: Segment, following: Callable[[int], Following]
+    ) -> tuple[Segment, tuple[torch.Tensor, ...]] | None:
+        """One batch of one image by a captured step that goes on to ``following(batch_size)``, made once per step.
+
+        The segment, cut to what one batch holds, and the results; None where nothing is captured.
+        """
+        replayed = self._replay([segment], following)
+        return None if replayed is None else (replayed[0][0], replayed[1])
+
+    def _replay(
+        self, segments: Sequence[Segment], following: Callable[[int], Following] | None
+    ) -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
+        """The segments that one batch holds, and what its step gives; None where nothing is captured."""
+
+        def attempt() -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
+            step = self._captured(1 if len(segments) == 1 else self.batch_size, following)
+            if step is None:
+                return None
+            taken = _first_rows(segments, self.batch_size)
+            # A step of several images needs one for each of its rows.
+            rows = taken if len(segments) == 1 else _padded(taken, self.batch_size)
+            return taken, step(self.x, self.image_ids, self.target, rows)
+
+        return self.sparing(attempt) if self._captures else None
+
+    def _captured(self, images: int, following: Callable[[int], Following] | None) -> Step | None:
+        """The step of batches of so many images; None where the model cannot be captured."""
         self._prepare_buffer(self.batch_size)
-        if self._step is None or self._step.model is not self.model or self._step.batch is not self._buffer:
-            self._step = None  # the old one's memory goes before the new one's comes
+        key = (images, following is not None)
+        if key not in self._steps:
             try:
-                self._step = Step(
+                self._steps[key] = Step(
                     self.model,
                     self._buffer,
+                    images,
                     sigma=self.sigma,
                     explain=self.explain,
                     seed=self.seed,
                     targeted=self.target is not None,
                     autocast=self.autocast,
+                    following=None if following is None else following(self.batch_size),
+                    pool=next((step.pool for step in self._steps.values()), None),
                 )
             except Exception as error:  # of the model's own code, or of the driver
                 if _model.is_out_of_memory(error):
@@ -301,10 +321,7 @@ class Sampler:
                 self._captures = False
                 _logger.info("batches run eagerly: the model cannot be captured as a CUDA graph (%s)", error)
                 return None
-        i = segment.image
-        target = None if self.target is None else self.target[i : i + 1]
-        scores, logits = self._step(self.x[i : i + 1], self.image_ids[i : i + 1], segment.first_sample, target)
-        return Scored(segment, scores[: segment.count], logits[: segment.count])
+        return self._steps[key]
 
     def apply(self, segments: Sequence[Segment], work: Work[_T]) -> _T:
         """``work`` on one batch: the segments, their noisy rows [batch_size, *S] and the targets of these.
@@ -331,7 +348,7 @@ class Sampler:
                     rows = "one row" if self.batch_size == 1 else f"{self.batch_size} rows"
                     raise ModelError(f"model: it runs out of memory with {rows} per batch ({error})") from error
             # Outside of the handler: the error holds on to the frames, and so to the memory, of what failed.
-            self._buffer, self._step = torch.empty(0), None
+            self._drop_buffer()
             self.batch_size //= 2
             _logger.warning("out of memory: going on with batches of %d rows", self.batch_size)
 
@@ -339,9 +356,13 @@ class Sampler:
         """A buffer of as many rows, in the memory format chosen."""
         memory_format = MEMORY_FORMATS[self.memory_format]
         if self._buffer.shape[:1] != (batch_size,) or not self._buffer.is_contiguous(memory_format=memory_format):
-            self._buffer = torch.empty(0)  # the old one goes before the new one comes
+            self._drop_buffer()  # before the new one comes
             shape = (batch_size, *self.x.shape[1:])
             self._buffer = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=memory_format)
+
+    def _drop_buffer(self) -> None:
+        self._buffer = torch.empty(0)
+        self._steps.clear()
 
     def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
         """Noisy rows, as many as the segments have, into a buffer of just as many."""
@@ -364,9 +385,7 @@ class Sampler:
 
     def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
-        last = segments[-1]
-        surplus = batch_size - sum(segment.count for segment in segments)
-        padded = [*segments[:-1], Segment(last.image, last.first_sample, last.count + surplus)]
+        padded = _padded(segments, batch_size)
         self._fill(padded, batch_size)
         if self.target is None:
             return self._buffer, None
@@ -375,14 +394,24 @@ class Sampler:
 
     def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
         with _model.autocast(self.x.device, self.autocast):
-            scores, logits = _model.scores(self.model, batch, target, self.explain)
-        row = 0
-        scored = []
-        for segment in segments:
-            rows = slice(row, row + segment.count)
-            scored.append(Scored(segment, scores[rows], logits[rows]))
-            row += segment.count
-        return scored
+            return _by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
+
+
+def _by_segment(segments: Sequence[Segment], scores: torch.Tensor, logits: torch.Tensor) -> list[Scored]:
+    row = 0
+    scored = []
+    for segment in segments:
+        rows = slice(row, row + segment.count)
+        scored.append(Scored(segment, scores[rows], logits[rows]))
+        row += segment.count
+    return scored
+
+
+def _padded(segments: Sequence[Segment], rows: int) -> list[Segment]:
+    """The segments, the last continued to ``rows`` rows in all."""
+    last = segments[-1]
+    surplus = rows - sum(segment.count for segment in segments)
+    return [*segments[:-1], replace(last, count=last.count + surplus)]
 
 
 def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
@@ -390,7 +419,7 @@ def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
     kept = []
     for segment in segments:
         if count := min(segment.count, rows):
-            kept.append(Segment(segment.image, segment.first_sample, count))
+            kept.append(replace(segment, count=count))
             rows -= count
     return kept
 

@@ -1,8 +1,10 @@
-"""Noise, forward and explanation of a batch, captured once as a CUDA graph: one launch in place of hundreds."""
+"""Noise, forward, explanation and what follows, captured once as a CUDA graph: one launch in place of hundreds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,17 +16,33 @@ _WARM_UP = 3  # runs before the capture: kernels get compiled, workspaces alloca
 
 Work = Callable[[], tuple[torch.Tensor, ...]]
 
+Following = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+"""(scores [N, *S], logits [N, classes], first_sample int64 [1], rows int64 [1]) -> the results of a step of one image.
+
+The first ``rows`` rows are samples from ``first_sample`` on, the others padding. Before the capture, ``rows`` is 0.
+"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a batch that belong to one image: samples [first_sample, first_sample + count)."""
+
+    image: int
+    first_sample: int
+    count: int
+
 
 def can_capture(device: torch.device) -> bool:
     """Whether work on this device can be captured at all."""
     return device.type == "cuda"
 
 
-def capture(work: Work, device: torch.device) -> Work:
-    """``work`` recorded as a CUDA graph: a function that launches the same kernels on the same memory.
+def capture(work: Work, device: torch.device, pool: Any = None) -> tuple[Work, Any]:
+    """``work`` recorded as a CUDA graph: a function that launches the same kernels on the same memory; and its memory.
 
     The tensors returned are the same each time, overwritten by the next call. What ``work`` does in Python happens now
-    and never again. Whatever cannot be captured, as waiting for the device, raises.
+    and never again. Whatever cannot be captured, as waiting for the device, raises. ``pool``: memory of another graph,
+    which may not run at the same time.
     """
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()
@@ -34,39 +52,46 @@ def capture(work: Work, device: torch.device) -> Work:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             results = work()
 
     def replay() -> tuple[torch.Tensor, ...]:
         graph.replay()
         return results
 
-    return replay
+    return replay, graph.pool()
 
 
 class Step:
-    """Scores and logits of a batch of noisy copies of one image.
+    """A batch of noisy copies, from their noise to scores and logits or on to what ``following`` makes of them.
 
-    What differs between batches (the image, its id and class, the first sample) is read by the kernels from tensors of
-    this object, which a call writes before the graph is replayed.
+    The batch is of one image, or each row of an image of its own. What differs between batches (images, their ids and
+    classes, samples) is read by the kernels from tensors of this object, which a call writes before the graph is
+    replayed.
 
     Args:
         batch: buffer [N, *S] for the noisy rows, on the device and in the memory format that the model gets.
-        targeted: whether calls give a class; else each noisy sample explains its own largest logit.
+        images: 1 or N.
+        targeted: whether calls give classes; else each noisy sample explains its own largest logit.
         seed: in two's complement.
         autocast: as in `Sampler`.
+        following: for 1 image; None: the results are scores [N, *S] and logits [N, classes].
+        pool: as for `capture`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         batch: torch.Tensor,
+        images: int,
         *,
         sigma: float,
         explain: str | _model.Explanation,
         seed: int,
         targeted: bool,
         autocast: torch.dtype | None = None,
+        following: Following | None = None,
+        pool: Any = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -74,36 +99,57 @@ class Step:
         self.explain = explain
         self.seed = seed
         self.autocast = autocast
-        self.image = torch.zeros((1, *batch.shape[1:]), dtype=batch.dtype, device=batch.device)
-        self.image_id = torch.zeros(1, dtype=torch.int64, device=batch.device)
-        self.first_sample = torch.zeros(1, dtype=torch.int64, device=batch.device)
-        self.target = torch.zeros(1, dtype=torch.int64, device=batch.device) if targeted else None
-        self._replay = capture(self._work, batch.device)
+        self.following = following
+
+        def integers(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int64, device=batch.device)
+
+        self.images = torch.zeros((images, *batch.shape[1:]), dtype=batch.dtype, device=batch.device)
+        self.image_ids = integers(images)
+        self.first_sample = integers(images)
+        self.rows = integers(1)
+        self.target = integers(images) if targeted else None
+        self._replay, self.pool = capture(self._work, batch.device, pool)
 
     def _work(self) -> tuple[torch.Tensor, ...]:
+        of_each = len(self.batch) // len(self.images)
         fill(
-            self.batch.unsqueeze(0),
-            self.image,
+            self.batch.unsqueeze(0 if len(self.images) == 1 else 1),
+            self.images,
             self.sigma,
             seed=self.seed,
             first_sample=0,
-            image_ids=self.image_id,
+            image_ids=self.image_ids,
             sample_offset=self.first_sample,
         )
-        target = None if self.target is None else self.target.expand(len(self.batch))
+        target = None if self.target is None else self.target.repeat_interleave(of_each)
         with _model.autocast(self.batch.device, self.autocast):
-            return _model.scores(self.model, self.batch, target, self.explain)
+            scores, logits = _model.scores(self.model, self.batch, target, self.explain)
+        if self.following is None:
+            return scores, logits
+        return self.following(scores, logits, self.first_sample, self.rows)
 
     def __call__(
-        self, image: torch.Tensor, image_id: torch.Tensor, first_sample: int, target: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        image_ids: torch.Tensor,
+        target: torch.Tensor | None,
+        segments: Sequence[Segment],
     ) -> tuple[torch.Tensor, ...]:
-        """(scores [N, *S], logits [N, classes]), valid until the next call.
+        """The results, valid until the next call.
 
-        image [1, *S], image_id int64 [1] and target int64 [1] lie on the device: nothing waits for it.
+        x [B, *S], image_ids int64 [B] and target int64 [B] lie on the device: nothing waits for it. Each segment fills
+        the next rows; where the step has one image there is one segment, of which the first sample is told.
         """
-        self.image.copy_(image)
-        self.image_id.copy_(image_id)
-        self.first_sample.fill_(first_sample)
-        if self.target is not None and target is not None:
-            self.target.copy_(target)
+        row = 0
+        for segment in segments:
+            rows, one = slice(row, row + segment.count), slice(segment.image, segment.image + 1)
+            self.images[rows].copy_(x[one])
+            self.image_ids[rows].copy_(image_ids[one])
+            if self.target is not None and target is not None:
+                self.target[rows].copy_(target[one])
+            samples = self.first_sample[rows]
+            torch.arange(segment.first_sample, segment.first_sample + len(samples), out=samples)
+            row += segment.count
+        self.rows.fill_(row)
         return self._replay()

@@ -120,6 +120,12 @@ def test_which_samples_of_which_image(backend, target):
     check(run(model, x, 40, 0.2, None, 1, **noise), wanted)
     offset = noise | {"first_sample": first - 7, "sample_offset": torch.tensor([7])}
     check(run(model, x, 40, 0.2, None, 1, **offset), wanted)
+    offset["sample_offset"] = torch.tensor([7, 7])
+    check(run(model, x, 40, 0.2, None, 1, **offset), wanted)
+    offset["sample_offset"] = torch.tensor([0, 7])
+    found = run(model, x, 40, 0.2, None, 1, **offset)
+    assert not torch.equal(found[0][0], wanted[0][0])
+    assert torch.equal(found[0][1], wanted[0][1])
     parts = ((first, 33), (first + 33, 7))
     split = [run(model, x, count, 0.2, None, 1, **noise | {"first_sample": start}) for start, count in parts]
     assert torch.equal(split[0][0] + split[1][0], wanted[0])

@@ -120,6 +120,8 @@ def test_any_split_gives_the_same_bits(backend, dtype):
     assert_same_bits(torch.cat(by_sample, dim=1), whole)
     by_offset = [rf.noisy_samples(x, 0.5, 3, seed=9, sample_offset=torch.tensor([first])) for first in (100, 103)]
     assert_same_bits(torch.cat(by_offset, dim=1), whole)
+    of_each = rf.noisy_samples(x, 0.5, 2, seed=9, first_sample=100, sample_offset=torch.tensor([4, 0, 2]))
+    assert_same_bits(of_each, torch.stack([whole[0, 4:], whole[1, :2], whole[2, 2:4]]))
     by_image = [
         rf.noisy_samples(x[b : b + 1], 0.5, 6, seed=9, first_sample=100, image_ids=torch.tensor([b])) for b in range(3)
     ]
@@ -229,7 +231,9 @@ def test_gradient_has_the_dtype_of_x():
         ({"first_sample": -1}, ValueError, "first_sample: got -1"),
         ({"first_sample": 2**32 - 1}, ValueError, "first_sample: got 4294967295"),
         ({"sample_offset": torch.tensor([2**32])}, ValueError, r"first_sample \+ sample_offset: got 4294967296"),
+        ({"sample_offset": torch.tensor([0, 2**32])}, ValueError, r"first_sample \+ sample_offset: got 4294967296"),
         ({"sample_offset": torch.tensor([1.0])}, ValueError, "sample_offset: got torch.float32"),
+        ({"sample_offset": torch.tensor([1, 2, 3])}, ValueError, r"sample_offset: got .* takes int64 \(1,\) or \(2,\)"),
         ({"image_ids": torch.tensor([0])}, ValueError, r"image_ids: got torch.int64 \(1,\)"),
         ({"image_ids": torch.tensor([0, 1], dtype=torch.int32)}, ValueError, "image_ids: got torch.int32"),
         ({"image_ids": torch.tensor([0, 2**32])}, ValueError, r"image_ids: got \[0, 4294967296\]"),

@@ -2,45 +2,25 @@
 
 import contextlib
 import logging
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from _tape import recording
 from models import Elementwise
 
 import robattr_fast as rf
 from robattr_fast import sampling, step
-from robattr_fast.certify import state
+from robattr_fast.certify import engine, state, tally
 
 X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 130, "batch_size": 32}
 
 
-class Recorder:
-    """In place of `step.capture`: like a graph, every replay reads and overwrites the memory of the capture."""
-
-    def __init__(self):
-        self.captures = self.replays = 0
-
-    def __call__(self, work, device):
-        self.captures += 1
-        results = work()
-
-        def replay():
-            self.replays += 1
-            for result, again in zip(results, work(), strict=True):
-                result.copy_(again)
-            return results
-
-        return replay
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(step, "capture", recorder)
-    monkeypatch.setattr(sampling, "can_capture", lambda device: True)
-    return recorder
+    return recording(monkeypatch)
 
 
 def model():
@@ -52,20 +32,99 @@ def model():
 def test_replays_give_what_eager_batches_give(recorder, target, memory_format):
     arguments = COMMON | {"target": target, "memory_format": memory_format, "first_sample": 7, "image_ids": [5, 9]}
     certificate = rf.certify(model(), X, **arguments)
-    # 4 full batches of each image; 2 rows left over of the first share a batch with the second.
-    assert (recorder.captures, recorder.replays) == (1, 8)
+    # Of each image 4 batches of its own; 2 rows left over of the first share a batch with the second.
+    assert (recorder.captures, recorder.replays) == (2, 9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "can_capture", lambda device: False)
         eager = rf.certify(model(), X, **arguments)
-    assert recorder.replays == 8
-    for name in ("counts", "class_counts", "samples", "invalid", "gram_summary"):
-        assert torch.equal(getattr(certificate, name), getattr(eager, name))
+    assert recorder.replays == 9
+    assert_same(certificate, eager)
+
+
+def assert_same(certificate, eager):
+    names = {"counts", "sums", "class_counts", "samples", "invalid", "gram_summary", "directions", "packed"}
+    assert names >= certificate.tensors.keys() == eager.tensors.keys()
+    for name, tensor in eager.tensors.items():
+        assert torch.equal(certificate.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"levels": 15, "gamma": 0.05},
+        {"levels": None, "gamma": 0.05},
+        {"channel_sum": True},
+        {"explain": "input_x_gradient"},
+        {"second_moment": False},
+        # Blocks end inside of batches.
+        {"retain": 44, "keep_samples": True},
+        {"autocast": torch.bfloat16},
+        {"samples": 20},
+        # Looks cut batches.
+        {"samples": 2000, "stop": rf.StopWhen(k=20, radius=0.05, overlap=0.3), "batch_size": 48},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+@pytest.mark.parametrize("images", [1, 2])
+def test_everything_counted_is_what_eager_batches_count(recorder, monkeypatch, images, arguments):
+    arguments = COMMON | arguments
+    eager_maps = []
+    monkeypatch.setattr(state, "add_maps", lambda *of: eager_maps.append(of) or tally.add_maps(*of))
+    certificate = rf.certify(model(), X[:images], **arguments)
+    assert recorder.replays
+    # Of one image the step goes on to selection and counts.
+    assert bool(eager_maps) == (images == 2)
+    monkeypatch.setattr(sampling, "can_capture", lambda device: False)
+    assert_same(certificate, rf.certify(model(), X[:images], **arguments))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["zero", "abstain"])
+def test_invalid_samples_of_a_captured_step(recorder, monkeypatch, on_nonfinite):
+    arguments = COMMON | {"on_nonfinite": on_nonfinite, "retain": 44}
+    certificate = rf.certify(NotFinite(0.9), X[:1], **arguments)
+    assert 0 < int(certificate.invalid) < 130
+    monkeypatch.setattr(sampling, "can_capture", lambda device: False)
+    assert_same(certificate, rf.certify(NotFinite(0.9), X[:1], **arguments))
+
+
+def test_a_captured_run_that_is_interrupted_goes_on(recorder, tmp_path):
+    arguments = COMMON | {"retain": 44}
+    expected = rf.certify(model(), X, **arguments)
+    path = tmp_path / "checkpoint.safetensors"
+
+    def interrupt(event):
+        if event.image == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_REPORT_SECONDS", 0)
+        with pytest.raises(rf.CertifyInterrupted):
+            rf.certify(model(), X, **arguments, checkpoint=path, progress=interrupt)
+    assert 130 < int(rf.Certificate.load(path).samples.sum()) < 260
+    assert_same(rf.certify(model(), X, **arguments, checkpoint=path), expected)
+
+
+class Reading(Elementwise):
+    """Decides by a value of its input."""
+
+    def forward(self, z):
+        return super().forward(z) * (2 if bool(z.sum() > 1e9) else 1)
+
+
+def test_a_model_that_reads_a_value_runs_eagerly(recorder, caplog):
+    with caplog.at_level(logging.INFO, logger="robattr_fast"):
+        certificate = rf.certify(Reading(1, 12, 12).eval(), X, **COMMON)
+    assert "batches run eagerly" in caplog.text
+    assert "not permitted when stream is capturing" in caplog.text
+    assert (recorder.captures, recorder.replays) == (1, 0)
+    assert_same(certificate, rf.certify(model(), X, **COMMON))
 
 
 def test_smoothgrad_replays_too(recorder):
     got = rf.smoothgrad(model(), X, sigma=0.3, samples=64, batch_size=16)
     assert recorder.replays == 8
     recorder.replays = 0
+    assert recorder.captures == 1
     with rf.backends.use("reference"):
         torch.testing.assert_close(got, rf.smoothgrad(model(), X, sigma=0.3, samples=64, batch_size=16))
 
@@ -76,7 +135,7 @@ def test_callables_are_not_captured(recorder):
 
 
 def test_a_model_that_cannot_be_captured_runs_eagerly(recorder, monkeypatch, caplog):
-    def fail(work, device):
+    def fail(work, device, pool=None):
         recorder.captures += 1
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -96,10 +155,10 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(recorder, monkeypatch, cap
 def test_a_capture_that_runs_out_of_memory_halves_the_batch(recorder, monkeypatch):
     expected = rf.certify(model(), X, **COMMON)
 
-    def sparing(work, device):
+    def sparing(work, device, pool=None):
         if len(work()[0]) > 16:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return recorder(work, device)
+        return recorder(work, device, pool)
 
     monkeypatch.setattr(step, "capture", sparing)
     certificate = rf.certify(model(), X, **COMMON)
@@ -113,7 +172,7 @@ def test_capture_warms_up_aside_and_replays(monkeypatch):
 
     def context(name):
         @contextlib.contextmanager
-        def manager(*_):
+        def manager(*_, **__):
             log.append(f"+{name}")
             yield
             log.append(f"-{name}")
@@ -130,11 +189,12 @@ def test_capture_warms_up_aside_and_replays(monkeypatch):
         "graph": context("graph"),
         "Stream": Stream,
         "current_stream": Stream,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay"), pool=lambda: "pool"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     results = (torch.zeros(1),)
-    replay = step.capture(lambda: log.append("work") or results, torch.device("cuda"))
+    replay, pool = step.capture(lambda: log.append("work") or results, torch.device("cuda"))
+    assert pool == "pool"
     warm_up = ["+stream", "work", "work", "work", "-stream"]
     assert log == ["+device", "wait", *warm_up, "wait", "+graph", "work", "-graph", "-device"]
     log.clear()

@@ -129,17 +129,21 @@ class _Run:
 
     def _take(self, segments: Sequence[Segment]) -> Iterator[int]:
         """Sample the segments, as far as memory allows; the image of each once it is counted."""
-        if self.fused is None:
-            batch = self.sampler.run(segments)
-            if not any(self.state.done):
-                self.batch_size = self.sampler.batch_size
-            for scored in batch:
-                self.state.add(scored, self.first_sample)
-                yield scored.segment.image
-        else:
+        if self.fused is not None:
             for segment in segments:
                 self.state.add_fused(segment, self.fused, self.first_sample)
                 yield segment.image
+            return
+        first = not any(self.state.done)
+        captured = len(segments) == 1 and self.state.add_captured(segments[0], self.sampler, self.first_sample)
+        batch = [] if captured else self.sampler.run(segments)
+        if first:
+            self.batch_size = self.sampler.batch_size
+        if captured:
+            yield segments[0].image
+        for scored in batch:
+            self.state.add(scored, self.first_sample)
+            yield scored.segment.image
 
     def _look(self, image: int) -> None:
         """At a scheduled look, stop the image if what is wanted is certified: betting bounds hold at any time."""

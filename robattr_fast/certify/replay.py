@@ -208,7 +208,9 @@ class _Drawn:
             for (_, position), one in zip(batch, scored, strict=True):
                 if position is None:
                     continue
-                row = sparsify(state.scores(one), settings.tau, settings.gamma, levels=settings.levels)[0]
+                row = sparsify(
+                    state.sizes(one.scores, one.logits), settings.tau, settings.gamma, levels=settings.levels
+                )[0]
                 if bool(row.isnan().any()):
                     self.votes[-1] += 1
                     continue

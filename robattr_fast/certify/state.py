@@ -8,20 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from robattr_fast import model as _model
 from robattr_fast.certify import files
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import block_rows, rows_in_blocks
 from robattr_fast.certify.fused import Fused
 from robattr_fast.certify.moments import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
 from robattr_fast.certify.settings import Settings
+from robattr_fast.certify.tally import NONE_INVALID, Sizes, Tally, add_maps, valid_rows
 from robattr_fast.errors import NonFiniteError
-from robattr_fast.ops.count_sparsified import count_sparsified_
-from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes
-from robattr_fast.sampling import Scored, Segment
-
-_NONE = 2**63 - 1  # the first invalid sample where all are valid
+from robattr_fast.sampling import Sampler, Scored, Segment
 
 
 def _waits(tensor: torch.Tensor) -> bool:
@@ -44,9 +40,11 @@ class State:
             self.counts = torch.zeros((images, settings.n, settings.levels), dtype=torch.int32, device=device)
         self.invalid = torch.zeros(images, dtype=torch.int32, device=device)
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
-        self.first_invalid = torch.full((images,), _NONE, dtype=torch.int64, device=device)
+        self.first_invalid = torch.full((images,), NONE_INVALID, dtype=torch.int64, device=device)
         self.done = [0] * images
-        self._sizes = torch.empty(0)
+        self.sizes = Sizes(settings)
+        self._tally: Tally | None = None
+        self._tallied = 0  # the image that the tally is of
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
         self.retained = (
@@ -59,10 +57,54 @@ class State:
         """Count the samples of one segment, which follow those that its image has."""
         segment = scored.segment
         assert segment.first_sample == first_sample + self.done[segment.image]
-        scores = self.scores(scored)
+        scores = self.sizes(scored.scores, scored.logits)
         invalid = self._count(segment.image, scores)
-        valid = torch.isfinite(scores).all(dim=1) if _waits(invalid) or bool(invalid) else None
+        valid = valid_rows(scores) if _waits(invalid) or bool(invalid) else None
         self._vote(segment, scored.logits.argmax(dim=1), invalid, valid)
+
+    def add_captured(self, segment: Segment, sampler: Sampler, first_sample: int) -> bool:
+        """Count samples of one segment by one replay of a step that ends in a `Tally`; False where nothing captures it.
+
+        Those that memory or the batch has no room for are left out.
+        """
+        assert segment.first_sample == first_sample + self.done[segment.image]
+        if self._tallied != segment.image:
+            self._settle()
+            self._tallied = segment.image
+
+        def tally(rows: int) -> Tally:
+            self._settle()  # of the tally that had other rows
+            self._tally = Tally(self.settings, self.class_counts.shape[1], rows, self.invalid.device)
+            return self._tally
+
+        taken = sampler.replay_through(segment, tally)
+        if taken is None:
+            return False
+        segment, (invalid,) = taken
+        assert self._tally is not None
+        row = 0
+        while row < segment.count:
+            rows, packed = self._next_rows(segment.image, segment.count - row)
+            if packed is not None:
+                assert self._tally.packed is not None
+                packed.copy_(self._tally.packed[row : row + rows])
+                self.retained[segment.image].written(rows, invalid[row : row + rows].sum(dtype=torch.int32))
+            row += rows
+        self.done[segment.image] += segment.count
+        return True
+
+    def _settle(self) -> None:
+        """Take over what the tally has."""
+        tally, image = self._tally, self._tallied
+        if tally is None:
+            return
+        into = self.sums if self.counts is None else self.counts
+        assert into is not None
+        into[image] += tally.maps
+        self.invalid[image] += tally.invalid
+        self.class_counts[image] += tally.class_counts
+        self.first_invalid[image] = torch.minimum(self.first_invalid[image], tally.first_invalid)
+        tally.clear()
 
     def add_fused(self, segment: Segment, fused: Fused, first_sample: int) -> None:
         """Make, score and count the samples of one segment, which follow those that its image has."""
@@ -73,7 +115,7 @@ class State:
 
             def attempt(start: int = start) -> tuple[torch.Tensor, torch.Tensor | None]:
                 rows, packed = self._next_rows(image, min(end - start, fused.sampler.batch_size))
-                return fused(Segment(image, start, rows), counts, packed), packed
+                return fused(Segment(image, start, rows), counts, None if packed is None else packed[None]), packed
 
             classes, packed = fused.sampler.sparing(attempt)
             valid = classes >= 0
@@ -89,7 +131,7 @@ class State:
         else:
             self.invalid[segment.image] += invalid
             samples = torch.arange(segment.first_sample, segment.first_sample + segment.count, device=valid.device)
-            first = torch.where(valid, _NONE, samples).amin()
+            first = torch.where(valid, NONE_INVALID, samples).amin()
             self.first_invalid[segment.image] = torch.minimum(self.first_invalid[segment.image], first)
             if not _waits(invalid):
                 self.check()
@@ -100,64 +142,40 @@ class State:
         """NonFiniteError for an invalid sample, unless the settings allow such. Waits for the device."""
         if self.settings.on_nonfinite != "raise":
             return
+        self._settle()
         for image, sample in enumerate(self.first_invalid.tolist()):
-            if sample != _NONE:
+            if sample != NONE_INVALID:
                 raise NonFiniteError(
                     f"model: sample {sample} of image {image} gave NaN or infinite scores "
                     "(on_nonfinite='zero' or 'abstain' certify such a map, the default 'raise' does not)"
                 )
 
-    def scores(self, scored: Scored) -> torch.Tensor:
-        """What is selected from, [count, n]: sizes of gradients, a callable's scores as they are; NaN if no class.
-
-        Valid until the next call.
-        """
-        scores = scored.scores
-        # One pass for the sizes and for the order of elements, into memory that the next segment uses again.
-        if self._sizes.shape != scores.shape or self._sizes.dtype != scores.dtype:
-            self._sizes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-        if self.settings.explain in _model.EXPLANATIONS:
-            scores = torch.abs(scores, out=self._sizes)
-        else:
-            scores = self._sizes.copy_(scores)
-        if self.settings.channel_sum:
-            scores = scores.sum(dim=1)
-        scores = scores.flatten(1)
-        # One NaN makes a row invalid.
-        scores[:, 0].masked_fill_(~torch.isfinite(scored.logits).all(dim=1), torch.nan)
-        return scores
-
     def _count(self, image: int, scores: torch.Tensor) -> torch.Tensor:
         """Add the maps of all rows; the number of invalid ones, int32 [] on the device."""
-        tau, gamma = self.settings.tau, self.settings.gamma
-        assert tau is not None
-        if self.counts is not None:
-            counts, invalid = self.counts[image : image + 1], self.invalid.new_zeros(())
-            while len(scores):
-                rows, packed = self._next_rows(image, len(scores))
-                part = scores[:rows]
-                found = count_sparsified_(counts, part[None], tau, gamma, packed=packed)[0]
-                if packed is not None:
-                    self.retained[image].written(rows, found)
-                invalid, scores = invalid + found, scores[len(part) :]
-            return invalid
-        assert self.sums is not None
-        h = sparsify(scores, tau, gamma, levels=None)
-        self.sums[image] += h.nan_to_num(nan=0.0).sum(dim=0, dtype=torch.float64)
-        return h.isnan().any(dim=1).sum(dtype=torch.int32)
+        into = self.sums if self.counts is None else self.counts
+        assert into is not None
+        invalid = self.invalid.new_zeros(())
+        while len(scores):
+            rows, packed = self._next_rows(image, len(scores))
+            found = add_maps(self.settings, into[image], scores[:rows], packed)
+            if packed is not None:
+                self.retained[image].written(rows, found)
+            invalid, scores = invalid + found, scores[rows:]
+        return invalid
 
     def _next_rows(self, image: int, most: int) -> tuple[int, torch.Tensor | None]:
-        """How many samples to count next, and where their packed levels go, uint8 [1, rows, row_bytes]; None: nowhere.
+        """How many samples to count next, and where their packed levels go, uint8 [rows, row_bytes]; None: nowhere.
 
         Those that are retained are counted together, the others apart from them.
         """
         kept = min(most, self.retained[image].missing) if self.retained else 0
-        return (kept, self.retained[image].next_rows(kept)[None]) if kept else (most, None)
+        return (kept, self.retained[image].next_rows(kept)) if kept else (most, None)
 
     def certificate(
         self, first_sample: int, batch_size: int | None, image: int | None = None, *, moments: bool = True
     ) -> Certificate:
         """The certificate of all samples so far, of one image or of all; without second moments it is faster made."""
+        self._settle()
         self.check()
         chosen = slice(None) if image is None else slice(image, image + 1)
         images = range(len(self.done))[chosen]

@@ -87,16 +87,18 @@ def given_image_ids(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor
     return value.to(x.device).contiguous()
 
 
-def sample_offset(value: torch.Tensor | None) -> None:
-    """None, or int64 [1]; what it holds is judged by `sample_indices`."""
-    if value is not None and (value.dtype != torch.int64 or value.shape != (1,)):
-        raise ValueError(f"sample_offset: got {value.dtype} {tuple(value.shape)}, takes int64 (1,) on x's device")
+def sample_offset(value: torch.Tensor | None, batch: int) -> None:
+    """None, or int64 [1] or [batch]; what it holds is judged by `sample_indices`."""
+    if value is not None and (value.dtype != torch.int64 or value.shape not in ((1,), (batch,))):
+        takes = "(1,)" if batch == 1 else f"(1,) or {(batch,)}"
+        raise ValueError(f"sample_offset: got {value.dtype} {tuple(value.shape)}, takes int64 {takes} on x's device")
 
 
 def sample_indices(first_sample: int, offset: torch.Tensor | None, num_samples: int) -> None:
     """All below 2^32, where the offset can be read without waiting for a device."""
     if offset is not None and offset.device.type == "cpu":
-        integer("first_sample + sample_offset", first_sample + int(offset), 0, INDEX_END - num_samples)
+        for first in offset.tolist():
+            integer("first_sample + sample_offset", first_sample + first, 0, INDEX_END - num_samples)
 
 
 def counts(

@@ -10,6 +10,7 @@ import torch
 from robattr_fast import _extension, backends
 from robattr_fast.ops import _check, _schema
 from robattr_fast.ops.count_sparsified import check_overflow
+from robattr_fast.ops.noisy_samples import by_first_sample
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.mlp_smoothgrad import ACTIVATIONS
 from robattr_fast.reference.mlp_smoothgrad import mlp_smoothgrad as _reference
@@ -93,7 +94,7 @@ def mlp_smoothgrad(
         raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
     _check_layers(weights, biases, n, x.device)
     _check.image_ids(image_ids, batch)
-    _check.sample_offset(sample_offset)
+    _check.sample_offset(sample_offset, batch)
     if target is not None and (target.dtype != torch.int64 or target.shape != (batch,)):
         raise ValueError(f"target: got {target.dtype} {tuple(target.shape)}, takes int64 {(batch,)}")
     _check.counts(counts, packed, batch, num_samples, n, x.device)
@@ -186,25 +187,28 @@ def _run(
 
 
 def _run_reference(x, counts, layers, noise, target, tau, gamma, packed):
-    offset = 0 if noise.sample_offset is None else int(noise.sample_offset)
-    classes = _reference(
-        counts,
-        x,
-        layers.weights,
-        layers.biases,
-        noise.sigma,
-        noise.num_samples,
-        tau,
-        gamma,
-        activation=layers.activation,
-        target=target,
-        seed=noise.seed % 2**64,
-        first_sample=noise.first_sample + offset,
-        image_ids=noise.image_ids,
-        packed=packed,
-    )
+    classes = []
+    for images, first in by_first_sample(noise.first_sample, noise.sample_offset):
+        classes.append(
+            _reference(
+                counts[images],
+                x[images],
+                layers.weights,
+                layers.biases,
+                noise.sigma,
+                noise.num_samples,
+                tau,
+                gamma,
+                activation=layers.activation,
+                target=None if target is None else target[images],
+                seed=noise.seed % 2**64,
+                first_sample=first,
+                image_ids=noise.image_ids[images],
+                packed=None if packed is None else packed[images],
+            )
+        )
     check_overflow(bool((counts < 0).any()))
-    return classes
+    return torch.cat(classes)
 
 
 def _run_triton(x, counts, layers, noise, target, tau, gamma, packed):

@@ -31,8 +31,9 @@ def noisy_samples(
         seed: 0 <= seed < 2^64.
         first_sample: index of the first draw.
         image_ids: int64 [B] in [0, 2^32); default arange(B).
-        sample_offset: int64 [1] on x's device, added to first_sample. Kernels of a CUDA device read it there, so that a
-            captured graph can be replayed for other samples; nobody checks the sum then: it wraps at 2^32.
+        sample_offset: int64 [1], or [B] for an offset of each image, on x's device, added to first_sample. Kernels of a
+            CUDA device read it there, so that a captured graph can be replayed for other samples; nobody checks the sum
+            then: it wraps at 2^32.
         dtype: of the result; default x.dtype.
         channels_last: each [num_samples, C, H, W] slice becomes channels-last contiguous; x must be [B, C, H, W].
         fast: z may be nearly the stream's, where that is faster: the triton backend then takes the GPU's own logarithm,
@@ -55,7 +56,7 @@ def noisy_samples(
     if channels_last and x.dim() != 4:
         raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
     _check.image_ids(image_ids, x.shape[0])
-    _check.sample_offset(sample_offset)
+    _check.sample_offset(sample_offset, x.shape[0])
     return torch.ops.robattr_fast.noisy_samples(
         x,
         float(sigma),
@@ -113,27 +114,33 @@ def _run(x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, dt
     return out
 
 
-def _first(first_sample, sample_offset):
-    return first_sample if sample_offset is None else first_sample + int(sample_offset)
+def by_first_sample(first_sample: int, sample_offset: torch.Tensor | None) -> list[tuple[slice, int]]:
+    """Images that share their first sample, and that sample: all of them, or each by itself. Reads the offset."""
+    if sample_offset is None:
+        return [(slice(None), first_sample)]
+    firsts = [first_sample + offset for offset in sample_offset.tolist()]
+    if len(firsts) == 1:
+        return [(slice(None), firsts[0])]
+    return [(slice(image, image + 1), first) for image, first in enumerate(firsts)]
 
 
 def _run_reference(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
-    out.copy_(
-        _reference(
-            x,
+    for images, first in by_first_sample(first_sample, sample_offset):
+        out[images] = _reference(
+            x[images],
             sigma,
             out.shape[1],
             seed=seed % 2**64,
-            first_sample=_first(first_sample, sample_offset),
-            image_ids=image_ids,
+            first_sample=first,
+            image_ids=image_ids[images],
             dtype=out.dtype,
         )
-    )
 
 
 def _run_cpu(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):
-    first = _first(first_sample, sample_offset)
-    torch.ops.robattr_fast_C.noisy_samples(out, x.contiguous(), sigma, seed, first, image_ids)
+    x = x.contiguous()
+    for images, first in by_first_sample(first_sample, sample_offset):
+        torch.ops.robattr_fast_C.noisy_samples(out[images], x[images], sigma, seed, first, image_ids[images])
 
 
 def _run_triton(x, out, sigma, seed, first_sample, image_ids, sample_offset, fast):

@@ -1,0 +1,90 @@
+"""A CUDA graph imitated on a CPU: the operators that work calls, recorded once and called again on the same tensors.
+
+As with a graph, nothing that Python decided at the capture is decided again, and to read a value fails.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from robattr_fast import sampling, step
+from robattr_fast.ops.noisy_samples import fill
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        call = (func, args, kwargs or {})
+        found = func(*args, **call[2])
+        given = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        # A view stays one; what is written in place is the argument itself; of the rest the values are made again.
+        made = [tensor for tensor in _tensors(found) if _storage(tensor) not in given]
+        if made or func._schema.is_mutable:
+            self.calls.append((*call, _tensors(found), made))
+        return found
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, found, made in self.calls:
+            again = _tensors(func(*args, **kwargs))
+            for old, new in zip(found, again, strict=True):
+                if any(old is one for one in made):
+                    old.detach().copy_(new)
+
+
+class Recorder:
+    """In place of `step.capture`."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, work, device, pool=None):
+        assert pool is (self if self.captures else None), "graphs share their memory"
+        self.captures += 1
+        work()
+        with _Tape() as tape:
+            results = work()
+
+        def replay():
+            self.replays += 1
+            tape.replay()
+            return results
+
+        return replay, self
+
+
+@torch.library.custom_op("robattr_fast_tests::fill", mutates_args=("out",))
+def _fill(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    sigma: float,
+    seed: int,
+    first_sample: int,
+    image_ids: torch.Tensor,
+    sample_offset: torch.Tensor,
+) -> None:
+    """As one operator: on a CPU it reads the offset."""
+    noise = {"first_sample": first_sample, "image_ids": image_ids, "sample_offset": sample_offset}
+    fill(out, x, sigma, seed=seed, **noise)
+
+
+def recording(monkeypatch):
+    """Captures are imitated on the CPU; their recorder."""
+    recorder = Recorder()
+    monkeypatch.setattr(step, "capture", recorder)
+    monkeypatch.setattr(step, "fill", lambda out, x, sigma, **options: _fill(out, x, sigma, **options))
+    monkeypatch.setattr(sampling, "can_capture", lambda device: True)
+    return recorder
