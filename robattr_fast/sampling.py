@@ -291,9 +291,7 @@ class Sampler:
             if step is None:
                 return None
             taken = _first_rows(segments, self.batch_size)
-            # A step of several images needs one for each of its rows.
-            rows = taken if len(segments) == 1 else _padded(taken, self.batch_size)
-            return taken, step(self.x, self.image_ids, self.target, rows)
+            return taken, step(self.x, self.image_ids, self.target, taken)
 
         return self.sparing(attempt) if self._captures else None
 
@@ -385,7 +383,9 @@ class Sampler:
 
     def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
-        padded = _padded(segments, batch_size)
+        last = segments[-1]
+        surplus = batch_size - sum(segment.count for segment in segments)
+        padded = [*segments[:-1], replace(last, count=last.count + surplus)]
         self._fill(padded, batch_size)
         if self.target is None:
             return self._buffer, None
@@ -405,13 +405,6 @@ def _by_segment(segments: Sequence[Segment], scores: torch.Tensor, logits: torch
         scored.append(Scored(segment, scores[rows], logits[rows]))
         row += segment.count
     return scored
-
-
-def _padded(segments: Sequence[Segment], rows: int) -> list[Segment]:
-    """The segments, the last continued to ``rows`` rows in all."""
-    last = segments[-1]
-    surplus = rows - sum(segment.count for segment in segments)
-    return [*segments[:-1], replace(last, count=last.count + surplus)]
 
 
 def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:

@@ -139,7 +139,8 @@ class Step:
         """The results, valid until the next call.
 
         x [B, *S], image_ids int64 [B] and target int64 [B] lie on the device: nothing waits for it. Each segment fills
-        the next rows; where the step has one image there is one segment, of which the first sample is told.
+        the next rows; where the step has one image there is one segment, of which the first sample is told. Rows past
+        the segments are samples of no meaning.
         """
         row = 0
         for segment in segments:

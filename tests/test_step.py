@@ -78,6 +78,16 @@ def test_everything_counted_is_what_eager_batches_count(recorder, monkeypatch, i
     assert_same(certificate, rf.certify(model(), X[:images], **arguments))
 
 
+@pytest.mark.parametrize("target", [None, [1, 0, 1, 1, 0, 0, 1]])
+def test_batches_of_many_images(recorder, monkeypatch, target):
+    x = torch.rand(7, 1, 12, 12, generator=torch.Generator().manual_seed(5))
+    arguments = COMMON | {"samples": 5, "batch_size": 16, "target": target, "first_sample": 3}
+    certificate = rf.certify(model(), x, **arguments)
+    assert (recorder.captures, recorder.replays) == (2, 3)
+    monkeypatch.setattr(sampling, "can_capture", lambda device: False)
+    assert_same(certificate, rf.certify(model(), x, **arguments))
+
+
 @pytest.mark.parametrize("on_nonfinite", ["zero", "abstain"])
 def test_invalid_samples_of_a_captured_step(recorder, monkeypatch, on_nonfinite):
     arguments = COMMON | {"on_nonfinite": on_nonfinite, "retain": 44}
@@ -166,6 +176,28 @@ def test_a_capture_that_runs_out_of_memory_halves_the_batch(recorder, monkeypatc
     assert torch.equal(certificate.counts, expected.counts)
 
 
+def test_memory_that_ends_in_the_middle_costs_no_sample(recorder, monkeypatch):
+    arguments = COMMON | {"retain": 44, "samples": 150}
+    expected = rf.certify(model(), X, **arguments)
+    recorder.captures = recorder.replays = 0
+    failures = []
+
+    def fails_for_several_images(work, device, pool=None):
+        if recorder.replays == 4 and len(failures) < 2:
+            failures.append(device)
+            recorder.captures = 0  # and all memory is given back
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return recorder(work, device, pool)
+
+    monkeypatch.setattr(step, "capture", fails_for_several_images)
+    certificate = rf.certify(model(), X, **arguments)
+    # 22 samples of the first image are left for batches of 8 rows, and 150 of the second.
+    assert recorder.replays == 4 + 22
+    assert certificate.settings.batch_size is None
+    for name in ("counts", "class_counts", "samples", "invalid", "gram_summary"):
+        assert torch.equal(getattr(certificate, name), getattr(expected, name))
+
+
 def test_capture_warms_up_aside_and_replays(monkeypatch):
     """The calls to torch.cuda in their order; what they do can be seen on a GPU only."""
     log = []
@@ -228,8 +260,11 @@ def test_counting_without_a_look_gives_the_same(monkeypatch, on_nonfinite, level
     assert torch.equal(certificate.class_counts.sum(1) + certificate.invalid, torch.full((2,), 130))
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_the_first_invalid_sample_is_named(monkeypatch, waits):
+def test_the_first_invalid_sample_is_named(monkeypatch, waits, captured):
+    if captured:
+        recording(monkeypatch)
     z = rf.noisy_samples(X, 0.3, 130)[1, :, 0, 0, 0]
     limit = max(float(rf.noisy_samples(X, 0.3, 130)[0, :, 0, 0, 0].max()), float(z[:40].max()))
     first = int((z > limit).to(torch.int8).argmax())
@@ -237,3 +272,10 @@ def test_the_first_invalid_sample_is_named(monkeypatch, waits):
     monkeypatch.setattr(state, "_waits", lambda tensor: waits)
     with pytest.raises(rf.NonFiniteError, match=f"sample {first} of image 1 gave NaN"):
         rf.certify(NotFinite(limit), X, **COMMON)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_is_valid_if_all_of_it_is_finite(value):
+    scores = torch.randn(4, 9)
+    scores[1, 8] = scores[3, 0] = value
+    assert tally.valid_rows(scores).tolist() == [True, False, True, False]
