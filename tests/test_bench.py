@@ -20,7 +20,7 @@ from robattr_fast.bench.context import Base, Context
 from robattr_fast.bench.measure import OURS, interleave, limit, ratio, spread
 from robattr_fast.bench.process import HERE, Process, SideError
 from robattr_fast.bench.table import table
-from robattr_fast.bench.worker import load_sides
+from robattr_fast.bench.worker import load, load_sides
 from robattr_fast.cli.app import app
 
 SIDES, GATES = load_sides()
@@ -75,6 +75,7 @@ SMALLER = {
     "attention.flash": {"batch": 1, "heads": 2, "positions": 20, "width": 6, "causal": False, "order": 1},
     "attention.": {"batch": 1, "heads": 2, "positions": 20, "width": 6, "causal": False},
     "copy": {"mebibytes": 1},
+    "mlp.": {"model": "perceptron", "samples": 20},
     "job.published": {"model": "small-cnn", "samples": 4, "batch_sizes": [2, 4]},
     "job.whole": {"model": "small-cnn", "samples": 64},
     "job.evaluation": {"n": 3000, "retain": 40, "samples": 300},
@@ -125,6 +126,7 @@ def test_peak_memory_is_that_of_the_process_alone():
         ("gram", {"levels": 1}),
         ("attention", {}),
         ("attention", {"causal": True}),
+        ("mlp", {}),
     ],
 )
 def test_gates_are_green(family, changed):
@@ -139,10 +141,13 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
     noise, count, gram, bounds = rf.noisy_samples, rf.count_sparsified_, rf.packed_gram, rf.betting_bounds
     certify, attention = rf.certify, rf.linear_attention
 
-    def one_more(counts, *arguments):
-        invalid = count(counts, *arguments)
-        counts[0, 0, 0] += 1
-        return invalid
+    def one_more(count):
+        def add(counts, *arguments, **options):
+            result = count(counts, *arguments, **options)
+            counts[0, 0, 0] += 1
+            return result
+
+        return add
 
     def tighter(*arguments):
         lower, upper = bounds(*arguments)
@@ -152,7 +157,8 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
         return certify(*arguments, **{**options, "seed": options["seed"] + 1})
 
     monkeypatch.setattr(rf, "noisy_samples", lambda *a, **k: torch.nextafter(noise(*a, **k), torch.tensor(9.0)))
-    monkeypatch.setattr(rf, "count_sparsified_", one_more)
+    monkeypatch.setattr(rf, "count_sparsified_", one_more(count))
+    monkeypatch.setattr(rf, "mlp_smoothgrad", one_more(rf.mlp_smoothgrad))
     monkeypatch.setattr(rf, "packed_gram", lambda *a: gram(*a) + 1)
     monkeypatch.setattr(rf, "betting_bounds", tighter)
     monkeypatch.setattr(rf, "linear_attention", lambda q, k, v, **options: attention(q, k * (1 + 1e-5), v, **options))
@@ -162,12 +168,13 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
     assert "not those of the unpacked" in GATES["gram"](spec_of("gram."))
     assert "off the reference" in GATES["bounds"](spec_of("bounds."))
     assert "off the definition" in GATES["attention"](spec_of("attention."))
+    assert "1 of 784 counters" in GATES["mlp"](spec_of("mlp."))
     assert "plain loop" in GATES["job"]({"model": "small-cnn"})
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_peers_of_attention_compute_the_same_derivatives(causal):
-    sides = sys.modules["_robattr_fast_operator_sides"]
+    sides = load("operator_sides")
     spec = {**spec_of("attention."), "causal": causal}
     given = [x.double() for x in sides._attention_given(spec)]
     expected = sides.attention_derivatives(rf.linear_attention, given, causal)
@@ -193,8 +200,8 @@ def test_the_pace_of_certify():
 
 
 def test_the_published_loop_counts_what_the_reference_selects():
-    published_batch = sys.modules["_robattr_fast_job_sides"].published_batch
-    model, x = sys.modules["_robattr_fast_job_sides"].model_and_image({"model": "small-cnn"})
+    published_batch = load("job_sides").published_batch
+    model, x = load("job_sides").model_and_image({"model": "small-cnn"})
     sums = torch.zeros(784)
     published_batch(model, x, 5, 78, sums)
     assert float(sums.sum()) == 5 * 78
@@ -330,7 +337,7 @@ def test_a_base_that_does_not_build_says_why(tmp_path):
         base._build(tmp_path)
 
 
-MODEL, IMAGE = (thing for thing in sys.modules["_robattr_fast_job_sides"].model_and_image({"model": "small-cnn"}))
+MODEL, IMAGE = (thing for thing in load("job_sides").model_and_image({"model": "small-cnn"}))
 
 
 @pytest.fixture(scope="module")

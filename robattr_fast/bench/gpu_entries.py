@@ -120,6 +120,20 @@ ENTRIES: tuple[Entry, ...] = (
         positions=1024,
         causal=True,
     ),
+    *(
+        Entry(
+            name=f"G.mlp.{model}.{samples}",
+            title=f"a perceptron 784-{width}-10, noise to counts, batches of {samples}",
+            unit="ns per sample",
+            scale=1e9,
+            gate="mlp",
+            spec={"device": "cuda", "model": model, "samples": samples},
+            sides=(Sided(OURS, "mlp.ours"), Sided("published batch as a CUDA graph", "mlp.captured")),
+            targets=(Target("published batch as a CUDA graph", 5),),
+        )
+        for model, width in (("perceptron", 256), ("narrow-perceptron", 32))
+        for samples in (256, 8192)
+    ),
     Entry(
         name="G9",
         title="whole job on a GPU, ResNet-50, 224x224: bfloat16 and graph replay, peers in float32",

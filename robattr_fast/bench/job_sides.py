@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,13 @@ def _pooled() -> nn.Module:
         return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(588, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
 
 
+def _perceptron(width: int) -> nn.Module:
+    """For 28x28 images of one channel; weights by a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)).eval()
+
+
 def _resnet50() -> nn.Module:
     """For 224x224 images of three channels; of torchvision, weights by a fixed seed."""
     from torchvision.models import resnet50
@@ -47,9 +55,11 @@ def _resnet50() -> nn.Module:
         return resnet50().eval()
 
 
-_MADE = {
+_MADE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50": (_resnet50, (3, 224, 224)),
     "small-cnn": (_small_cnn, (1, 28, 28)),
+    "perceptron": (partial(_perceptron, 256), (1, 28, 28)),
+    "narrow-perceptron": (partial(_perceptron, 32), (1, 28, 28)),
     "pooled": (_pooled, (3, 224, 224)),
 }
 

@@ -43,7 +43,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return 1e-3 * begin.elapsed_time(end)
 
 
-def _timed(work: Callable[[], Any], units: float, device: torch.device = _CPU) -> dict[str, Any]:
+def timed(work: Callable[[], Any], units: float, device: torch.device = _CPU) -> dict[str, Any]:
     return {"seconds": seconds_of(work, device), "units": units}
 
 
@@ -61,7 +61,7 @@ def _copy(spec: Spec) -> Side:
     """The bandwidth of copies far beyond any cache: ``units`` are bytes read and written."""
     source = torch.ones(spec["mebibytes"] * 2**18, device=_device(spec))
     target = torch.empty_like(source).fill_(0)
-    return lambda: _timed(lambda: target.copy_(source), 2 * 4 * source.numel(), source.device)
+    return lambda: timed(lambda: target.copy_(source), 2 * 4 * source.numel(), source.device)
 
 
 # -- noise: spec shape [*S], samples q, dtype, options of noisy_samples; a unit is one element of the result --
@@ -80,7 +80,7 @@ def _noise(draw: Callable[..., Any]) -> Callable[[Spec], Side]:
             nonlocal calls
             calls += 1
             units = x.numel() * spec["samples"]
-            return _timed(lambda: draw(x, spec["samples"], calls, **options), units, x.device)
+            return timed(lambda: draw(x, spec["samples"], calls, **options), units, x.device)
 
         return round
 
@@ -104,7 +104,7 @@ def _noise_numpy(spec: Spec) -> Side:
         z *= np.float32(SIGMA)
         z += x
 
-    return lambda: _timed(draw, x.size * spec["samples"])
+    return lambda: timed(draw, x.size * spec["samples"])
 
 
 def _noise_captum(x: torch.Tensor, samples: int, call: int) -> None:
@@ -291,7 +291,7 @@ def _bounds(bound: Callable[..., Any]) -> Callable[[Spec], Side]:
         device = _device(spec)
         counts = _level_counts(spec["n"], spec["levels"], spec["samples"]).to(device)
         samples, delta = torch.tensor([spec["samples"]], device=device), 0.0225 / spec["n"]
-        return lambda: _timed(lambda: bound(counts, samples, delta), spec["n"], device)
+        return lambda: timed(lambda: bound(counts, samples, delta), spec["n"], device)
 
     return make
 
@@ -321,12 +321,12 @@ def _levels(m: int, n: int, levels: int) -> np.ndarray:
 def _gram_ours(spec: Spec) -> Side:
     levels = torch.from_numpy(_levels(spec["rows"], spec["n"], spec["levels"]))
     rows = rf.reference.pack_levels(levels, spec["levels"]).to(_device(spec))
-    return lambda: _timed(lambda: rf.packed_gram(rows, spec["levels"]), spec["rows"] ** 2 * spec["n"], rows.device)
+    return lambda: timed(lambda: rf.packed_gram(rows, spec["levels"]), spec["rows"] ** 2 * spec["n"], rows.device)
 
 
 def _gram_torch(spec: Spec) -> Side:
     rows = torch.from_numpy(_levels(spec["rows"], spec["n"], spec["levels"])).float().to(_device(spec))
-    return lambda: _timed(lambda: rows @ rows.T, spec["rows"] ** 2 * spec["n"], rows.device)
+    return lambda: timed(lambda: rows @ rows.T, spec["rows"] ** 2 * spec["n"], rows.device)
 
 
 def _gate_gram(spec: Spec) -> str:
@@ -371,7 +371,7 @@ def _attention(attend: Attend) -> Callable[[Spec], Side]:
         given = _attention_given(spec)
         work = partial(attention_derivatives, attend, given, spec["causal"], spec.get("order", 2))
         work()
-        return lambda: _timed(work, given[0].numel(), given[0].device)
+        return lambda: timed(work, given[0].numel(), given[0].device)
 
     return make
 

@@ -5,7 +5,7 @@ It is started by path and takes `robattr_fast` from the path that it is given: t
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -14,24 +14,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_FILES = ("operator_sides", "job_sides")
+_FILES = ("operator_sides", "job_sides", "perceptron_sides")
+_PACKAGE = "_robattr_fast_sides"
 
 
-def _load(name: str) -> ModuleType:
-    """A file of this package, under a name of its own: the package that is measured may be another commit's."""
-    path = (Path(__file__).parent / f"{name}.py").resolve()
-    spec = importlib.util.spec_from_file_location(f"_robattr_fast_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> ModuleType:
+    """A file of this package, in a package of its own: the one that is measured may be another commit's."""
+    if _PACKAGE not in sys.modules:
+        here = Path(__file__).resolve().parent
+        package = ModuleType(_PACKAGE)
+        package.__path__ = [str(here), str(here.parent)]
+        sys.modules[_PACKAGE] = package
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 def load_sides() -> tuple[dict[str, Any], dict[str, Any]]:
     """All SIDES and all GATES of the files beside this one."""
-    modules = [_load(name) for name in _FILES]
+    modules = [load(name) for name in _FILES]
     sides = {name: make for module in modules for name, make in module.SIDES.items()}
     return sides, {name: check for module in modules for name, check in module.GATES.items()}
 
@@ -54,7 +53,7 @@ class _Worker:
                 self.torch.set_num_threads(request["threads"])
             return {"package": str(Path(self.package.__file__).parent), "threads": self.torch.get_num_threads()}
         if kind == "tune":
-            tuned, what = _load("../allocator").tune_allocator()
+            tuned, what = load("allocator").tune_allocator()
             return {"tuned": tuned, "what": what}
         if kind == "gate":
             return {"reason": self.gates[request["gate"]](request["spec"])}
