@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,17 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 """In which the model gets its batches."""
 
 _T = TypeVar("_T")
+
+
+class Way(NamedTuple):
+    """How a batch goes through the model: a name of `MEMORY_FORMATS`, and the dtype of torch.autocast or None."""
+
+    memory_format: str
+    autocast: torch.dtype | None
+
+    def __str__(self) -> str:
+        formatted = "channels-last" if self.memory_format == "channels_last" else self.memory_format
+        return formatted if self.autocast is None else f"{formatted} in {_model.dtype_name(self.autocast)}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Sampler:
         image_ids: int64 [B].
         autocast: dtype in which the model runs under torch.autocast; None: as its surroundings have it.
 
-    Set the batch size (and with it the memory format) before `run`.
+    Set the batch size (and with it the memory format, and autocast where that is to be chosen) before `run`.
     """
 
     def __init__(
@@ -144,6 +155,7 @@ class Sampler:
         memory_format: str | None = None,
         *,
         largest: int = _LARGEST_BATCH,
+        autocasts: Sequence[torch.dtype | None] = (),
     ) -> None:
         """Rows per forward pass, and the memory format in which the model gets them.
 
@@ -151,6 +163,7 @@ class Sampler:
             batch_size: a number, or "auto" for the fastest by a measured trial before ``samples`` samples.
             memory_format: one of `MEMORY_FORMATS`; None: by the same trial, contiguous where the batch size is given.
             largest: batch that the trial considers.
+            autocasts: of which ``autocast`` becomes the fastest, by the same trial; none: it stays what it is.
         """
         if memory_format is not None and memory_format not in MEMORY_FORMATS:
             takes = " or ".join(map(repr, MEMORY_FORMATS))
@@ -159,82 +172,97 @@ class Sampler:
             raise ValueError(
                 f"memory_format: got 'channels_last' for x of shape {tuple(self.x.shape)}, takes [B,C,H,W]"
             )
+        formats = [memory_format] if memory_format else [*MEMORY_FORMATS] if batch_size == "auto" else ["contiguous"]
+        ways = [Way(name, dtype) for dtype in autocasts or (self.autocast,) for name in formats]
         if batch_size == "auto":
-            formats = [memory_format] if memory_format else self._usable_formats()
-            self.batch_size, self.memory_format = self._fastest(samples, formats, min(largest, samples, _LARGEST_BATCH))
+            most = min(largest, samples, _LARGEST_BATCH)
+            self.batch_size, (self.memory_format, self.autocast) = self._fastest(samples, self._usable(ways), most)
         elif isinstance(batch_size, str):
             raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
         else:
             self.batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
-            self.memory_format = memory_format or "contiguous"
             if self._clamped(self.batch_size) != self.batch_size:
                 takes = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
                 raise ValueError(
                     f"batch_size: got {batch_size}, but the model was exported for batches of {takes} rows"
                 )
+            usable = self._usable(ways)
+            seconds = {way: self._seconds(self.batch_size, way) for way in usable} if len(usable) > 1 else {}
+            timed = {way: spent for way, spent in seconds.items() if spent is not None}
+            self.memory_format, self.autocast = min(timed, key=lambda way: timed[way], default=usable[0])
 
     def _clamped(self, rows: int) -> int:
         """The number of rows nearest to ``rows`` that the model takes."""
         rows = max(rows, self.least)
         return rows if self.most is None else min(rows, self.most)
 
-    def _usable_formats(self) -> list[str]:
-        """The memory formats in which the model computes the same; a callable gets what it expects, contiguous rows."""
-        if self.x.dim() != 4 or self.x.shape[1] == 1 or callable(self.explain):
-            return ["contiguous"]
-        batch = [Segment(0, 0, self.batch_size)]
-        logits = []
-        for name in MEMORY_FORMATS:
-            self.memory_format = name
-            try:
-                logits.append(self._run(batch, self.batch_size)[0].logits.clone())
-            except Exception as error:  # a model may take views that only one format allows
-                if name == "contiguous":
-                    raise
-                _logger.info("batches are not channels-last: the model fails on them (%s)", error)
-                return ["contiguous"]
-            finally:
-                self.memory_format = "contiguous"
-        apart = float((logits[1].double() - logits[0].double()).norm())
-        if not apart <= self._half_digits(logits[0]) * float(logits[0].norm()):
-            _logger.warning("batches are not channels-last: the model gives other logits for them (by %.1e)", apart)
-            return ["contiguous"]
-        return list(MEMORY_FORMATS)
+    def _usable(self, ways: list[Way]) -> list[Way]:
+        """The first way, and those in which the model computes the same but for rounding.
 
-    def _fastest(self, samples: int, formats: Sequence[str], largest: int) -> tuple[int, str]:
-        """The fastest of 1, 2, 4, ... ``largest`` rows and of the formats.
+        Channels-last are images of several channels alone; a callable gets what it expects, contiguous rows.
+        """
+        if self.x.dim() != 4 or self.x.shape[1] == 1 or callable(self.explain):
+            ways = [way for way in ways if way.memory_format == ways[0].memory_format]
+        if len(ways) == 1:
+            return ways
+        batch, before = [Segment(0, 0, self.batch_size)], Way(self.memory_format, self.autocast)
+        usable: list[Way] = []
+        known = torch.empty(0)
+        for way in ways:
+            self.memory_format, self.autocast = way
+            try:
+                logits = self._run(batch, self.batch_size)[0].logits
+                allowed = self._half_digits(logits)
+            except Exception as error:  # a model may take views that only one format allows, or dtypes
+                if not usable:
+                    raise
+                _logger.info("batches are not %s: the model fails on them (%s)", way, error)
+                continue
+            finally:
+                self.memory_format, self.autocast = before
+            if not usable:
+                known = logits.double()
+            apart = float((logits.double() - known).norm())
+            if usable and not apart <= allowed * float(known.norm()):
+                _logger.warning("batches are not %s: the model gives other logits for them (by %.1e)", way, apart)
+                continue
+            usable.append(way)
+        return usable
+
+    def _fastest(self, samples: int, ways: Sequence[Way], largest: int) -> tuple[int, Way]:
+        """The fastest of 1, 2, 4, ... ``largest`` rows and of the ways.
 
         Stops once larger batches are worse, the trial costs too much, or memory ends. A model that takes so many rows
         at least begins with these.
         """
-        best, best_time, spent, worse = (self.least, formats[0]), float("inf"), 0.0, 0
-        size, slower = self.least, dict.fromkeys(formats, 0)
+        best, best_time, spent, worse = (self.least, ways[0]), float("inf"), 0.0, 0
+        size, slower = self.least, dict.fromkeys(ways, 0)
         while size <= self._clamped(largest):
-            timed = {name: seconds for name in formats if (seconds := self._seconds(size, name)) is not None}
+            timed = {way: seconds for way in ways if (seconds := self._seconds(size, way)) is not None}
             if not timed:
                 break
             spent += 2 * sum(timed.values())
-            fastest = min(timed, key=lambda name: timed[name])
+            fastest = min(timed, key=lambda way: timed[way])
             seconds = timed[fastest]
             if seconds / size < 0.98 * best_time:
                 best, best_time, worse = (size, fastest), seconds / size, 0
             else:
                 worse += 1
             # Single rows are no measure of larger batches, and one measurement may have been interrupted.
-            for name in timed:
-                slower[name] += size > 1 and timed[name] >= _CLEARLY_SLOWER * seconds
-            formats = [name for name in timed if slower[name] < 2]
-            # The next trial costs about four of this one, for each format.
-            cost = 4 * seconds * len(formats)
+            for way in timed:
+                slower[way] += size > 1 and timed[way] >= _CLEARLY_SLOWER * seconds
+            ways = [way for way in timed if slower[way] < 2]
+            # The next trial costs about four of this one, for each way.
+            cost = 4 * seconds * len(ways)
             if worse == 2 or (size >= 4 and spent + cost > _TRIAL_SHARE * samples * best_time):
                 break
             size *= 2
         return best
 
-    def _seconds(self, size: int, memory_format: str) -> float | None:
+    def _seconds(self, size: int, way: Way) -> float | None:
         """Of one batch of this size; None where it does not fit into memory."""
         batch = [Segment(0, 0, size)]
-        self.memory_format = memory_format
+        self.memory_format, self.autocast = way
         try:
             self._run(batch, size)  # first touch of this size: allocation, kernel selection
             self._wait()

@@ -1,6 +1,7 @@
 """`certify(autocast=)`: the model alone runs in the lower precision, by nothing around the call."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import robattr_fast as rf
+from robattr_fast import sampling
+from robattr_fast.certify import engine
 from robattr_fast.certify.replay import replay
 from robattr_fast.cli.app import app
 
@@ -71,11 +74,61 @@ def test_certificates_of_different_precision_are_of_different_maps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("x", "dtype"), [(X, torch.float32), (X.double(), torch.bfloat16), (X.bfloat16(), torch.bfloat16)]
+    ("x", "dtype"),
+    [
+        (X, torch.float32),
+        (X, "fastest"),
+        (X.double(), torch.bfloat16),
+        (X.bfloat16(), torch.bfloat16),
+        (X.double(), "auto"),
+    ],
 )
 def test_other_dtypes_are_refused(x, dtype):
-    with pytest.raises(ValueError, match=r"autocast: got torch\.\w+ for x of torch\.\w+, takes"):
+    with pytest.raises(ValueError, match=r"autocast: got .* for x of torch\.\w+, takes"):
         rf.certify(Witness().eval().to(x.dtype), x, **RUN, autocast=dtype)
+
+
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "bfloat16"), (2.0, None)])
+def test_a_measured_choice(monkeypatch, tmp_path, factor, expected, batch_size):
+    monkeypatch.setattr(
+        sampling.Sampler, "_seconds", lambda self, size, way: (5 + size) * (factor if way.autocast else 1)
+    )
+    arguments = RUN | {"batch_size": batch_size}
+    certificate = rf.certify(Witness().eval(), X, **arguments, autocast="auto")
+    assert certificate.settings.autocast == expected
+    dtype = None if expected is None else torch.bfloat16
+    arguments["batch_size"] = certificate.settings.batch_size
+    same = rf.certify(Witness().eval(), X, **arguments, autocast=dtype)
+    assert torch.equal(certificate.counts, same.counts)
+    assert replay(certificate, Witness().eval(), X[0]).faults == ()
+    # A run goes on with what it has chosen, whatever would be faster now.
+    arguments |= {"samples": 64, "autocast": "auto", "checkpoint": tmp_path / "checkpoint"}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_REPORT_SECONDS", 0)
+        with pytest.raises(rf.CertifyInterrupted):
+            rf.certify(Witness().eval(), X, **arguments, progress=lambda event: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 1 / factor if way.autocast else 1)
+    resumed = rf.certify(Witness().eval(), X, **arguments)
+    assert resumed.settings.autocast == expected
+    assert torch.equal(resumed.counts, same.counts)
+
+
+class Coarse(Witness):
+    """Of bfloat16 it makes something else."""
+
+    def forward(self, x):
+        h = self.first(x.flatten(1))
+        return self.last(h if h.dtype == torch.float32 else 3 * h)
+
+
+def test_a_model_that_bfloat16_changes_keeps_float32(monkeypatch, caplog):
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 1 / size if way.autocast else 1)
+    model = Coarse().eval()
+    monkeypatch.setattr(Witness, "__deepcopy__", lambda self, memo: self)
+    certificate = rf.certify(model, X, **RUN, autocast="auto")
+    assert certificate.settings.autocast is None
+    assert "batches are not contiguous in bfloat16: the model gives other logits" in caplog.text
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_the_last_look_is_left_to_who_asks(monkeypatch):
 @pytest.mark.parametrize("run", [rf.smoothgrad, rf.certify])
 def test_the_trial_counts_the_samples_of_all_images(monkeypatch, run):
     monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
-    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     sizes = []
     original = sampling.Sampler.set_batch_size
 
@@ -126,7 +126,7 @@ def test_the_trial_counts_the_samples_of_all_images(monkeypatch, run):
 
 def test_pilot_batches_hold_one_image(monkeypatch):
     monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
-    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     model = Limited(lambda calls: 1000)
     rf.suggest(model, X[:1].repeat(4, 1, 1, 1), 10, 0.1, sigma=0.3, samples=64, pilot=16, taus=[0.2], levels=[1])
     assert max(model.sizes) == 16
@@ -225,8 +225,8 @@ PICTURES = {"sigma": 0.3, "tau": 0.2, "samples": 64}
 def channels_last_is(monkeypatch, factor):
     """Pretend that batches in channels-last take ``factor`` times as long as the others."""
 
-    def seconds(self, size, memory_format):
-        return size * (factor if memory_format == "channels_last" else 1.0)
+    def seconds(self, size, way):
+        return size * (factor if way.memory_format == "channels_last" else 1.0)
 
     monkeypatch.setattr(sampling.Sampler, "_seconds", seconds)
 
@@ -295,8 +295,8 @@ def test_the_trial_is_a_small_part_of_the_run(monkeypatch, samples):
     """Batches take a fixed time and a time per row, which channels-last shortens: trials cost what they would."""
     spent = []
 
-    def seconds(self, size, memory_format):
-        time = 5 + size * (1.0 if memory_format == "contiguous" else 0.7)
+    def seconds(self, size, way):
+        time = 5 + size * (1.0 if way.memory_format == "contiguous" else 0.7)
         spent.append(2 * time)
         return time
 
@@ -313,10 +313,10 @@ def test_the_trial_is_a_small_part_of_the_run(monkeypatch, samples):
 
 
 def test_one_interrupted_measurement_decides_nothing(monkeypatch):
-    def seconds(self, size, memory_format):
-        if (size, memory_format) == (2, "channels_last"):
+    def seconds(self, size, way):
+        if (size, way.memory_format) == (2, "channels_last"):
             return 100.0
-        return 5 + size * (1.0 if memory_format == "contiguous" else 0.7)
+        return 5 + size * (1.0 if way.memory_format == "contiguous" else 0.7)
 
     monkeypatch.setattr(sampling.Sampler, "_seconds", seconds)
     sampler = sampling.Sampler(
@@ -330,7 +330,7 @@ def test_one_interrupted_measurement_decides_nothing(monkeypatch):
 def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     """A larger one would be padding: images are looked at after 64 samples each."""
     monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it
-    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, memory_format: 5.0 + size)
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
     monkeypatch.setattr(engine, "_Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))
     stop = rf.StopWhen(k=20, radius=0.1, overlap=0.5)

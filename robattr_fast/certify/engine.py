@@ -193,7 +193,7 @@ def _print_progress(event: Progress) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate | None:
+def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast: bool) -> Certificate | None:
     """The checkpoint at ``path``, if there is one; ValueError if it belongs to another run."""
     if not path.exists():
         return None
@@ -203,7 +203,8 @@ def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate |
         raise ValueError(
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
-    moving = ("intervals", "batch_size", "memory_format", "folded", "versions", "backends")
+    moving = ["intervals", "batch_size", "memory_format", "folded", "versions", "backends"]
+    moving += ["autocast"] if any_autocast else []
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
     if differ:
@@ -212,6 +213,20 @@ def _resumable(path: Path, wanted: Settings, first_sample: int) -> Certificate |
             "takes a new path, or the arguments of that run"
         )
     return found
+
+
+def _autocast(autocast: torch.dtype | str | None, x: torch.Tensor) -> torch.dtype | None:
+    """Of a model that is not yet measured."""
+    if autocast is None:
+        return None
+    if x.dtype == torch.float32:
+        if autocast == "auto":
+            return None
+        if isinstance(autocast, torch.dtype) and _model.dtype_name(autocast) in AUTOCAST:
+            return autocast
+    raise ValueError(
+        f"autocast: got {autocast!r} for x of {x.dtype}, takes torch.bfloat16, torch.float16 or 'auto' for float32"
+    )
 
 
 def certify(
@@ -238,7 +253,7 @@ def certify(
     stop: StopWhen | None = None,
     batch_size: int | str = "auto",
     memory_format: str | None = None,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
     on_nonfinite: str = "raise",
     checkpoint: str | os.PathLike | None = None,
     progress: bool | Callable[[Progress], None] = False,
@@ -276,6 +291,7 @@ def certify(
             contiguous where batch_size is a number. Models round differently in each: the certificate records it.
         autocast: torch.bfloat16 or torch.float16, in which the model runs under torch.autocast, for float32 x; None:
             without, also inside of a torch.autocast of the caller. It makes another model, and the map is that one's.
+            "auto": bfloat16 where the trial finds it faster, and the logits those of float32 to two digits or so.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
             that also counts as 1 in every upper bound ("abstain").
         checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
@@ -308,10 +324,7 @@ def certify(
         raise ValueError(
             "keep_samples: got True without second moments, which alone need samples (second_moment, levels)"
         )
-    if autocast is not None and (x.dtype != torch.float32 or _model.dtype_name(autocast) not in AUTOCAST):
-        raise ValueError(
-            f"autocast: got {autocast} for x of {x.dtype}, takes torch.bfloat16 or torch.float16 for float32"
-        )
+    chosen = _autocast(autocast, x)
     classes_wanted = check_target(target, x)
     ids = check_image_ids(image_ids, x)
     private = _model.private_copy(model)
@@ -323,7 +336,7 @@ def certify(
         explain=explain,
         seed=seed,
         image_ids=ids,
-        autocast=autocast,
+        autocast=chosen,
     )
     settings = Settings(
         sigma=sigma,
@@ -345,7 +358,7 @@ def certify(
         retain=retain if second_moment else 0,
         on_nonfinite=on_nonfinite,
         batch_images=x.shape[0],
-        autocast=None if autocast is None else _model.dtype_name(autocast),
+        autocast=None if chosen is None else _model.dtype_name(chosen),
         model_fingerprint=_model.fingerprint(model),
         input_hashes=tuple(_model.input_hash(image) for image in x),
         **environment(x.device),
@@ -358,7 +371,8 @@ def certify(
             f"checkpoint: explain={settings.explain} cannot be told from another callable of that name; takes a named "
             "function of a module with a checkpoint"
         )
-    resumed = None if path is None else _resumable(path, settings, first_sample)
+    is_measured = autocast == "auto"
+    resumed = None if path is None else _resumable(path, settings, first_sample, any_autocast=is_measured)
     if resumed is not None:
         earlier = resumed.settings
         settings = dataclasses.replace(
@@ -376,14 +390,22 @@ def certify(
         if resumed is None:
             # Rows beyond the first look of every image would be padding.
             useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
-            sampler.set_batch_size(batch_size, samples * x.shape[0], memory_format, largest=useful)
+            autocasts = (None, torch.bfloat16) if is_measured and fused is None else ()
+            total = samples * x.shape[0]
+            sampler.set_batch_size(batch_size, total, memory_format, largest=useful, autocasts=autocasts)
             size: int | None = sampler.batch_size
             folded: bool | None = sampler.folded
         else:
             then = resumed.settings
+            sampler.autocast = None if then.autocast is None else getattr(torch, then.autocast)
             sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
             size, folded = then.batch_size, sampler.folded if sampler.folded == then.folded else None
-        settings = dataclasses.replace(settings, folded=folded, memory_format=sampler.memory_format)
+        settings = dataclasses.replace(
+            settings,
+            folded=folded,
+            memory_format=sampler.memory_format,
+            autocast=None if sampler.autocast is None else _model.dtype_name(sampler.autocast),
+        )
         state = State(settings, x.shape[0], classes, x.device, keep_samples=keep_samples)
         if resumed is not None and path is not None:
             state.restore(path)
