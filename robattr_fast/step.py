@@ -52,7 +52,8 @@ def capture(work: Work, device: torch.device, pool: Any = None) -> tuple[Work, A
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # The default stream of captures belongs to the device of the first one.
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
             results = work()
 
     def replay() -> tuple[torch.Tensor, ...]:
