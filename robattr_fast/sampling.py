@@ -28,10 +28,14 @@ _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
 _TRIAL_SHARE = 0.01  # of the run's expected time
 _TIMINGS, _SHORT_SECONDS = 3, 0.02  # of a batch in the trial: so often, unless it has taken so long
-_CLEARLY_SLOWER = 1.1  # a memory format that needs so many times the other's time is dropped from the trial
+_CLEARLY_SLOWER = 1.1  # a way that needs so many times the other's time is dropped from the trial
+_NEARLY = 0.02  # of the norm of logits: further off, another dtype makes too much of another model
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 """In which the model gets its batches."""
+
+Follow = Callable[[int], Following]
+"""What a captured step goes on to, of so many rows."""
 
 _T = TypeVar("_T")
 
@@ -118,7 +122,7 @@ class Sampler:
         self.batch_size = self._clamped(_FIRST_ROWS)
         self.memory_format = "contiguous"
         self._buffer = torch.empty(0)
-        self._steps: dict[tuple[int, bool], Step] = {}  # by number of images and whether something follows
+        self._steps: dict[tuple[int, Follow | None], Step] = {}  # by number of images and what follows
         # A callable may do what no graph can repeat.
         self._captures = can_capture(x.device) and isinstance(explain, str)
 
@@ -172,6 +176,7 @@ class Sampler:
             raise ValueError(
                 f"memory_format: got 'channels_last' for x of shape {tuple(self.x.shape)}, takes [B,C,H,W]"
             )
+        self._drop_buffer()  # and steps of another way
         formats = [memory_format] if memory_format else [*MEMORY_FORMATS] if batch_size == "auto" else ["contiguous"]
         ways = [Way(name, dtype) for dtype in autocasts or (self.autocast,) for name in formats]
         if batch_size == "auto":
@@ -213,6 +218,9 @@ class Sampler:
             try:
                 logits = self._run(batch, self.batch_size)[0].logits
                 allowed = self._half_digits(logits)
+                if way.autocast != ways[0].autocast:
+                    _check_fixed(self._logits_of_one_row(), logits, allowed)
+                    allowed = _NEARLY
             except Exception as error:  # a model may take views that only one format allows, or dtypes
                 if not usable:
                     raise
@@ -299,23 +307,21 @@ class Sampler:
         taken, (scores, logits) = replayed
         return _by_segment(taken, scores, logits)
 
-    def replay_through(
-        self, segment: Segment, following: Callable[[int], Following]
-    ) -> tuple[Segment, tuple[torch.Tensor, ...]] | None:
-        """One batch of one image by a captured step that goes on to ``following(batch_size)``, made once per step.
+    def replay_through(self, segment: Segment, follow: Follow) -> tuple[Segment, tuple[torch.Tensor, ...]] | None:
+        """One batch of one image by a captured step that goes on to ``follow(batch_size)``, made once per step.
 
         The segment, cut to what one batch holds, and the results; None where nothing is captured.
         """
-        replayed = self._replay([segment], following)
+        replayed = self._replay([segment], follow)
         return None if replayed is None else (replayed[0][0], replayed[1])
 
     def _replay(
-        self, segments: Sequence[Segment], following: Callable[[int], Following] | None
+        self, segments: Sequence[Segment], follow: Follow | None
     ) -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
         """The segments that one batch holds, and what its step gives; None where nothing is captured."""
 
         def attempt() -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
-            step = self._captured(1 if len(segments) == 1 else self.batch_size, following)
+            step = self._captured(1 if len(segments) == 1 else self.batch_size, follow)
             if step is None:
                 return None
             taken = _first_rows(segments, self.batch_size)
@@ -323,10 +329,10 @@ class Sampler:
 
         return self.sparing(attempt) if self._captures else None
 
-    def _captured(self, images: int, following: Callable[[int], Following] | None) -> Step | None:
+    def _captured(self, images: int, follow: Follow | None) -> Step | None:
         """The step of batches of so many images; None where the model cannot be captured."""
         self._prepare_buffer(self.batch_size)
-        key = (images, following is not None)
+        key = (images, follow)
         if key not in self._steps:
             try:
                 self._steps[key] = Step(
@@ -338,13 +344,14 @@ class Sampler:
                     seed=self.seed,
                     targeted=self.target is not None,
                     autocast=self.autocast,
-                    following=None if following is None else following(self.batch_size),
-                    pool=next((step.pool for step in self._steps.values()), None),
+                    following=None if follow is None else follow(self.batch_size),
+                    memory=next((step.memory for step in self._steps.values()), None),
                 )
             except Exception as error:  # of the model's own code, or of the driver
                 if _model.is_out_of_memory(error):
                     raise
                 self._captures = False
+                self._steps.clear()
                 _logger.info("batches run eagerly: the model cannot be captured as a CUDA graph (%s)", error)
                 return None
         return self._steps[key]

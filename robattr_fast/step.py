@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from robattr_fast import backends
 from robattr_fast import model as _model
 from robattr_fast.ops.noisy_samples import fill
 
-_WARM_UP = 3  # runs before the capture: kernels get compiled, workspaces allocated, algorithms chosen
+_WARM_UP = 2  # runs before the capture: kernels get compiled, workspaces allocated, algorithms chosen
 
 Work = Callable[[], tuple[torch.Tensor, ...]]
 
 Following = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 """(scores [N, *S], logits [N, classes], first_sample int64 [1], rows int64 [1]) -> the results of a step of one image.
 
-The first ``rows`` rows are samples from ``first_sample`` on, the others padding. Before the capture, ``rows`` is 0.
+The first ``rows`` rows are samples from ``first_sample`` on, the others padding. It is called a few times with ``rows``
+0, before the capture and in it, and adds nothing then.
 """
+
+
+class Memory(NamedTuple):
+    """Where a graph has its tensors: another one that never runs at the same time may have them there too."""
+
+    pool: Any
+    stream: Any
+    """Of the capture: the allocator keeps what one stream has freed for that stream."""
 
 
 @dataclass(frozen=True)
@@ -33,34 +43,47 @@ class Segment:
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether work on this device can be captured at all."""
-    return device.type == "cuda"
+    """Whether work on this device can be captured at all: the reference of the noise reads its sample offset."""
+    return device.type == "cuda" and backends.choose("noisy_samples", device, torch.float32)[0] != "reference"
 
 
-def capture(work: Work, device: torch.device, pool: Any = None) -> tuple[Work, Any]:
+def capture(work: Work, device: torch.device, memory: Memory | None = None) -> tuple[Work, Memory]:
     """``work`` recorded as a CUDA graph: a function that launches the same kernels on the same memory; and its memory.
 
     The tensors returned are the same each time, overwritten by the next call. What ``work`` does in Python happens now
-    and never again. Whatever cannot be captured, as waiting for the device, raises. ``pool``: memory of another graph,
-    which may not run at the same time.
+    and never again. Whatever cannot be captured, as waiting for the device, raises. ``memory``: of another graph.
     """
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(aside)
+        aside = torch.cuda.Stream() if memory is None else memory.stream
+        before = torch.cuda.current_stream()
+        aside.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
-        # The default stream of captures belongs to the device of the first one.
-        with torch.cuda.graph(graph, pool=pool, stream=aside):
-            results = work()
+        try:
+            # Around the capture too: one that fails leaves its stream the current one.
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP):
+                    work()
+                _without_waiting(work)
+                with torch.cuda.graph(graph, pool=None if memory is None else memory.pool, stream=aside):
+                    results = work()
+        finally:
+            before.wait_stream(aside)
 
     def replay() -> tuple[torch.Tensor, ...]:
         graph.replay()
         return results
 
-    return replay, graph.pool()
+    return replay, Memory(graph.pool(), aside)
+
+
+def _without_waiting(work: Work) -> None:
+    """RuntimeError if work waits for the device: found before the capture, for torch cleans up badly after it."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class Step:
@@ -77,7 +100,7 @@ class Step:
         seed: in two's complement.
         autocast: as in `Sampler`.
         following: for 1 image; None: the results are scores [N, *S] and logits [N, classes].
-        pool: as for `capture`.
+        memory: as for `capture`.
     """
 
     def __init__(
@@ -92,7 +115,7 @@ class Step:
         targeted: bool,
         autocast: torch.dtype | None = None,
         following: Following | None = None,
-        pool: Any = None,
+        memory: Memory | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -110,12 +133,13 @@ class Step:
         self.first_sample = integers(images)
         self.rows = integers(1)
         self.target = integers(images) if targeted else None
-        self._replay, self.pool = capture(self._work, batch.device, pool)
+        self._replay, self.memory = capture(self._work, batch.device, memory)
 
     def _work(self) -> tuple[torch.Tensor, ...]:
-        of_each = len(self.batch) // len(self.images)
+        images, of_each, n = len(self.images), len(self.batch) // len(self.images), self.batch[0].numel()
+        shape, strides = (images, of_each, *self.batch.shape[1:]), (of_each * n, n, *self.batch.stride()[1:])
         fill(
-            self.batch.unsqueeze(0 if len(self.images) == 1 else 1),
+            self.batch.as_strided(shape, strides),  # views choose other strides for one sample of each image
             self.images,
             self.sigma,
             seed=self.seed,
@@ -148,7 +172,8 @@ class Step:
             rows, one = slice(row, row + segment.count), slice(segment.image, segment.image + 1)
             self.images[rows].copy_(x[one])
             self.image_ids[rows].copy_(image_ids[one])
-            if self.target is not None and target is not None:
+            if self.target is not None:
+                assert target is not None
                 self.target[rows].copy_(target[one])
             samples = self.first_sample[rows]
             torch.arange(segment.first_sample, segment.first_sample + len(samples), out=samples)

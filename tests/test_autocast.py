@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import robattr_fast as rf
-from robattr_fast import sampling
+from robattr_fast import perceptron, sampling
 from robattr_fast.certify import engine
 from robattr_fast.certify.replay import replay
 from robattr_fast.cli.app import app
@@ -112,6 +112,31 @@ def test_a_measured_choice(monkeypatch, tmp_path, factor, expected, batch_size):
     resumed = rf.certify(Witness().eval(), X, **arguments)
     assert resumed.settings.autocast == expected
     assert torch.equal(resumed.counts, same.counts)
+
+
+def test_a_run_begun_in_bfloat16_is_not_continued_by_a_kernel_of_float32(monkeypatch, tmp_path):
+    monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 1 if way.autocast else 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
+    arguments = RUN | {"autocast": "auto"}
+    expected = rf.certify(model, X, **arguments)
+    assert expected.settings.autocast == "bfloat16"
+    arguments["checkpoint"] = tmp_path / "checkpoint"
+    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0)
+    with pytest.raises(rf.CertifyInterrupted):
+        rf.certify(model, X, **arguments, progress=lambda event: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(perceptron, "runs_fused", lambda device: True)
+    resumed = rf.certify(model, X, **arguments)
+    assert torch.equal(resumed.counts, expected.counts)
+    # Begun now, it is the kernel's from the start, and in float32.
+    assert rf.certify(model, X, **RUN, autocast="auto").settings.autocast is None
+
+
+def test_a_run_begun_in_float16_is_another(tmp_path):
+    model, path = Witness().eval(), tmp_path / "checkpoint"
+    rf.certify(model, X, **RUN, autocast=torch.float16, checkpoint=path)
+    with pytest.raises(ValueError, match=r"differs in.*autocast"):
+        rf.certify(model, X, **RUN, autocast="auto", checkpoint=path)
 
 
 class Coarse(Witness):

@@ -538,6 +538,24 @@ def test_a_checkpoint_without_samples_cannot_go_on_keeping_them(tmp_path):
         rf.certify(MODEL, images(1), **settings, keep_samples=True)
 
 
+def test_kept_samples_of_images_whose_turn_has_not_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0.0)
+    settings = {"sigma": 0.3, "tau": 0.2, "samples": 64, "batch_size": 16, "keep_samples": True}
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(rf.CertifyInterrupted) as interrupted:
+        rf.certify(
+            MODEL,
+            images(2),
+            **settings,
+            checkpoint=path,
+            progress=lambda event: signal.raise_signal(signal.SIGINT),
+        )
+    assert interrupted.value.certificate.samples.tolist() == [16, 0]
+    assert interrupted.value.certificate.packed.shape[:2] == (2, 16)
+    resumed = rf.certify(MODEL, images(2), **settings, checkpoint=path)
+    assert torch.equal(resumed.packed, rf.certify(MODEL, images(2), **settings).packed)
+
+
 def test_a_stop_may_come_from_second_moments(monkeypatch):
     """They hold at scheduled looks only, so the run hits those exactly, whatever the batch size."""
     looks = []

@@ -247,7 +247,9 @@ def test_packed_gram(architecture, bits, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("pointer", "registers", "shared"), [("*fp32", 128, 64), ("*bf16", 128, 64), ("*fp64", 200, 64)])
+@pytest.mark.parametrize(
+    ("pointer", "registers", "shared"), [("*fp32", 128, 64), ("*bf16", 128, 64), ("*fp64", 200, 64)]
+)
 def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     out = "*fp64" if pointer == "*fp64" else "*fp32"
     numbers = ("shrink", "factor0", "factor1", "lowest", "highest", "settled", "resolution")

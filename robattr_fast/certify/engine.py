@@ -44,6 +44,7 @@ _CHECKPOINT_SECONDS = 60.0
 # Looks for a stop grow geometrically, so that they cost a fixed small share of the run. A run hits them exactly: when
 # it stops depends neither on the batch size nor on where it was interrupted.
 _FIRST_LOOK, _LOOK_GROWTH = 64, 1.1
+_MEASURED = torch.bfloat16  # what autocast="auto" tries
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class StopWhen:
 class Progress:
     """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``.
 
-    ``certificate()`` is that image's certificate so far; asking for it costs time.
+    ``certificate()`` is that image's certificate so far; asking for it costs time, and is for the callable alone: once
+    it has returned, sampling goes on.
     """
 
     image: int
@@ -204,7 +206,8 @@ def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast:
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
     moving = ["intervals", "batch_size", "memory_format", "folded", "versions", "backends"]
-    moving += ["autocast"] if any_autocast else []
+    if any_autocast and found.settings.autocast in (None, _model.dtype_name(_MEASURED)):
+        moving.append("autocast")
     theirs, ours = found.settings.to_json(), wanted.to_json()
     differ = [name for name in ours if name not in moving and theirs.get(name) != ours[name]]
     if differ:
@@ -291,7 +294,8 @@ def certify(
             contiguous where batch_size is a number. Models round differently in each: the certificate records it.
         autocast: torch.bfloat16 or torch.float16, in which the model runs under torch.autocast, for float32 x; None:
             without, also inside of a torch.autocast of the caller. It makes another model, and the map is that one's.
-            "auto": bfloat16 where the trial finds it faster, and the logits those of float32 to two digits or so.
+            "auto": bfloat16 where the trial finds it faster, and logits of a few samples within 2 % of those of
+            float32. Parts of one run that are sampled apart may then differ, and do not merge.
         on_nonfinite: a sample with NaN or infinite scores is an error ("raise"), the zero map ("zero"), or the zero map
             that also counts as 1 in every upper bound ("abstain").
         checkpoint: file that is written at intervals, on Ctrl-C and at the end; if it exists, sampling goes on from it.
@@ -377,9 +381,11 @@ def certify(
         earlier = resumed.settings
         settings = dataclasses.replace(
             settings,
+            autocast=earlier.autocast,
             versions=joined(earlier.versions, settings.versions),
             backends=joined(earlier.backends, settings.backends),
         )
+        sampler.autocast = None if earlier.autocast is None else getattr(torch, earlier.autocast)
     with torch.autocast(x.device.type, enabled=False):
         classes = sampler.prepare()
         fused = fused_sampling(settings, sampler)
@@ -390,14 +396,13 @@ def certify(
         if resumed is None:
             # Rows beyond the first look of every image would be padding.
             useful = x.shape[0] * (samples if stop is None else min(samples, _FIRST_LOOK))
-            autocasts = (None, torch.bfloat16) if is_measured and fused is None else ()
+            autocasts = (None, _MEASURED) if is_measured and fused is None else ()
             total = samples * x.shape[0]
             sampler.set_batch_size(batch_size, total, memory_format, largest=useful, autocasts=autocasts)
             size: int | None = sampler.batch_size
             folded: bool | None = sampler.folded
         else:
             then = resumed.settings
-            sampler.autocast = None if then.autocast is None else getattr(torch, then.autocast)
             sampler.set_batch_size(then.batch_size or batch_size, samples, then.memory_format or memory_format)
             size, folded = then.batch_size, sampler.folded if sampler.folded == then.folded else None
         settings = dataclasses.replace(

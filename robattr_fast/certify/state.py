@@ -72,13 +72,10 @@ class State:
             self._settle()
             self._tallied = segment.image
 
-        def tally(rows: int) -> Tally:
-            self._settle()  # of the tally that had other rows
-            self._tally = Tally(self.settings, self.class_counts.shape[1], rows, self.invalid.device)
-            return self._tally
-
-        taken = sampler.replay_through(segment, tally)
+        taken = sampler.replay_through(segment, self._new_tally)
         if taken is None:
+            self._settle()
+            self._tally = None  # its memory is wanted
             return False
         segment, (invalid,) = taken
         assert self._tally is not None
@@ -93,18 +90,19 @@ class State:
         self.done[segment.image] += segment.count
         return True
 
+    def _new_tally(self, rows: int) -> Tally:
+        self._settle()
+        self._tally = Tally(self.settings, self.class_counts.shape[1], rows, self.invalid.device)
+        return self._tally
+
     def _settle(self) -> None:
-        """Take over what the tally has."""
-        tally, image = self._tally, self._tallied
-        if tally is None:
+        """Take over what the tally has. Nothing is allocated: memory may just have ended, and this may run again."""
+        if self._tally is None:
             return
-        into = self.sums if self.counts is None else self.counts
-        assert into is not None
-        into[image] += tally.maps
-        self.invalid[image] += tally.invalid
-        self.class_counts[image] += tally.class_counts
-        self.first_invalid[image] = torch.minimum(self.first_invalid[image], tally.first_invalid)
-        tally.clear()
+        maps = self.sums if self.counts is None else self.counts
+        assert maps is not None
+        one = slice(self._tallied, self._tallied + 1)
+        self._tally.move_into(maps[one], self.invalid[one], self.class_counts[one], self.first_invalid[one])
 
     def add_fused(self, segment: Segment, fused: Fused, first_sample: int) -> None:
         """Make, score and count the samples of one segment, which follow those that its image has."""
@@ -308,7 +306,8 @@ class Retained:
     def rows(self) -> torch.Tensor:
         """The packed rows that are there, uint8 [rows, row_bytes]."""
         if self.packed is None:
-            return torch.empty((0, 0), dtype=torch.uint8)
+            assert self.settings.levels is not None
+            return torch.empty((0, packed_row_bytes(self.settings.n, self.settings.levels)), dtype=torch.uint8)
         return self.packed[: self._first + self.filled]
 
     def summary(self) -> Summary:

@@ -66,9 +66,9 @@ class Tally:
     another image: sums of many batches cross the memory once.
 
     Attributes:
-        maps: counts int32 [n, L], or sums float64 [n] where levels is None.
-        invalid: int32 []. class_counts: int32 [classes]. first_invalid: int64 [].
-        packed: uint8 [rows, row_bytes], levels of the last batch; empty unless samples are retained.
+        maps: counts int32 [1, n, L], or sums float64 [1, n] where levels is None.
+        invalid: int32 [1]. class_counts: int32 [1, classes]. first_invalid: int64 [1].
+        packed: uint8 [rows, row_bytes], levels of the last batch; None unless samples are retained.
     """
 
     def __init__(self, settings: Settings, classes: int, rows: int, device: torch.device) -> None:
@@ -78,10 +78,10 @@ class Tally:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         n, levels = settings.n, settings.levels
-        self.maps = zeros(n, dtype=torch.float64) if levels is None else zeros(n, levels)
-        self.invalid = zeros()
-        self.class_counts = zeros(classes)
-        self.first_invalid = torch.full((), NONE_INVALID, dtype=torch.int64, device=device)
+        self.maps = zeros(1, n, dtype=torch.float64) if levels is None else zeros(1, n, levels)
+        self.invalid = zeros(1)
+        self.class_counts = zeros(1, classes)
+        self.first_invalid = torch.full((1,), NONE_INVALID, dtype=torch.int64, device=device)
         self.packed: torch.Tensor | None = None
         if settings.retain and levels is not None:
             self.packed = zeros(rows, packed_row_bytes(n, levels), dtype=torch.uint8)
@@ -95,17 +95,21 @@ class Tally:
         sizes = self._sizes(scores, logits)
         is_sample = self._row < rows
         sizes[:, 0].masked_fill_(~is_sample, torch.nan)
-        add_maps(self.settings, self.maps, sizes, self.packed)
+        add_maps(self.settings, self.maps[0], sizes, self.packed)
         valid = valid_rows(sizes)
         invalid = is_sample & ~valid
         self.invalid += invalid.sum(dtype=torch.int32)
         samples = torch.where(invalid, first_sample + self._row, NONE_INVALID)
-        self.first_invalid.copy_(torch.minimum(self.first_invalid, samples.amin()))
-        self.class_counts.index_add_(0, logits.argmax(dim=1), valid.to(torch.int32))
+        torch.minimum(self.first_invalid, samples.amin(), out=self.first_invalid)
+        self.class_counts[0].index_add_(0, logits.argmax(dim=1), valid.to(torch.int32))
         return (invalid,)
 
-    def clear(self) -> None:
-        """Nothing is added up."""
-        for tensor in (self.maps, self.invalid, self.class_counts):
-            tensor.zero_()
+    def move_into(
+        self, maps: torch.Tensor, invalid: torch.Tensor, class_counts: torch.Tensor, first_invalid: torch.Tensor
+    ) -> None:
+        """Add everything to the tensors of an image, of the shapes above, and begin anew. Allocates nothing."""
+        for into, mine in ((maps, self.maps), (invalid, self.invalid), (class_counts, self.class_counts)):
+            into.add_(mine)
+            mine.zero_()
+        torch.minimum(first_invalid, self.first_invalid, out=first_invalid)
         self.first_invalid.fill_(NONE_INVALID)

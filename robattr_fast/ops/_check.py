@@ -87,11 +87,14 @@ def given_image_ids(value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor
     return value.to(x.device).contiguous()
 
 
-def sample_offset(value: torch.Tensor | None, batch: int) -> None:
-    """None, or int64 [1] or [batch]; what it holds is judged by `sample_indices`."""
-    if value is not None and (value.dtype != torch.int64 or value.shape not in ((1,), (batch,))):
-        takes = "(1,)" if batch == 1 else f"(1,) or {(batch,)}"
-        raise ValueError(f"sample_offset: got {value.dtype} {tuple(value.shape)}, takes int64 {takes} on x's device")
+def sample_offset(value: torch.Tensor | None, x: torch.Tensor) -> None:
+    """None, or int64 [1] or [B] on x's device; what it holds is judged by `sample_indices`."""
+    if value is None:
+        return
+    batch = x.shape[0]
+    if value.dtype != torch.int64 or value.shape not in ((1,), (batch,)) or value.device != x.device:
+        got, takes = f"{value.dtype} {tuple(value.shape)} on {value.device}", "" if batch == 1 else f" or {(batch,)}"
+        raise ValueError(f"sample_offset: got {got}, takes int64 (1,){takes} on x's device, {x.device}")
 
 
 def sample_indices(first_sample: int, offset: torch.Tensor | None, num_samples: int) -> None:

@@ -94,7 +94,7 @@ def mlp_smoothgrad(
         raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
     _check_layers(weights, biases, n, x.device)
     _check.image_ids(image_ids, batch)
-    _check.sample_offset(sample_offset, batch)
+    _check.sample_offset(sample_offset, x)
     if target is not None and (target.dtype != torch.int64 or target.shape != (batch,)):
         raise ValueError(f"target: got {target.dtype} {tuple(target.shape)}, takes int64 {(batch,)}")
     _check.counts(counts, packed, batch, num_samples, n, x.device)

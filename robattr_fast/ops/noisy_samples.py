@@ -56,7 +56,7 @@ def noisy_samples(
     if channels_last and x.dim() != 4:
         raise ValueError(f"channels_last: got x of shape {tuple(x.shape)}, takes [B, C, H, W]")
     _check.image_ids(image_ids, x.shape[0])
-    _check.sample_offset(sample_offset, x.shape[0])
+    _check.sample_offset(sample_offset, x)
     return torch.ops.robattr_fast.noisy_samples(
         x,
         float(sigma),
