@@ -17,8 +17,6 @@ from robattr_fast.certify.concentration import (
     GramSummary,
     error_bound,
     frobenius_bound,
-    largest_eigenvalue,
-    largest_eigenvalue_of_squares_,
     look_schedule,
     mean_bound,
     spectral_bound,
@@ -26,6 +24,7 @@ from robattr_fast.certify.concentration import (
     trace_estimate,
 )
 from robattr_fast.certify.deflation import DeflatedSummary, Deflation, summarize_deflated
+from robattr_fast.certify.eigenvalues import largest_eigenvalue, largest_eigenvalue_of_squares_
 from robattr_fast.certify.least_moves import DeflatedCost, least_costs
 from robattr_fast.certify.moments import Summary
 from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments

@@ -11,18 +11,21 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpotrf
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
+
+from robattr_fast.certify.eigenvalues import (
+    centred_gram,
+    largest_eigenvalue,
+    largest_eigenvalue_of_squares_,
+    rounding_of,
+)
+from robattr_fast.certify.scatter import Scatter
 
 FIRST_LOOK = 512
 #: How alpha is split between the four events of T7, before sampling.
 ERROR_SHARE, SPECTRAL_SHARE, DEFLATED_SHARE, FROBENIUS_SHARE = 0.4, 0.2, 0.25, 0.15
 #: The share of each event that the planned last look keeps; the earlier looks divide the rest equally.
 LAST_LOOK_SHARE = 0.75
-# Below, all eigenvalues cost less than a few of them.
-_LANCZOS_SIZE = 512
-_POWER_STEPS = 60
 # The bet of lemma 4, as a share of the largest possible one. Between .8 and .9 lambda_u changes by 2 % at most.
 _BET = 0.85
 # Relative: floating-point noise of the formulas below is some 1e-13.
@@ -153,25 +156,32 @@ class GramSummary:
         return cls(rows, blocks, *(float(number) for number in numbers[2:]))
 
 
-def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
-    """The numbers of T7 from the Gram matrix int64 ``[m, m]``, m >= 4, of the levels of m samples: one block."""
+def summarize_gram(gram: Tensor, num_levels: int, halves: tuple[Scatter, Scatter] | None = None) -> GramSummary:
+    """The numbers of T7 from the Gram matrix int64 ``[m, m]``, m >= 4, of the levels of m samples: one block.
+
+    halves: of the first m//2 samples and of the others, where that costs less (`Scatter`).
+    """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] < 4:
         raise ValueError(f"gram must have shape [m, m] with m >= 4, got {list(gram.shape)}")
     if gram.dtype != torch.int64:
         raise TypeError(f"gram must be int64, got {gram.dtype}")
     rows = gram.shape[0]
     half = rows // 2
-    inner = gram.to(torch.float64).div_(num_levels**2)
-    to_half = inner[:, :half].mean(1)
-    about_half = inner[:, :half].clone()
-    about_half.sub_(to_half[:, None]).sub_(to_half[None, :half]).add_(to_half[:half].mean())
-    entry_error = rounding_of(inner)
-    norm2 = float(inner.mean())
-    half_eigenvalue = largest_eigenvalue(about_half[:half]) / half + entry_error
-    half_mean = float(about_half[half:].abs_().add_(entry_error).square_().mean(1).mean())
-    del about_half
-    centred = centre_(inner)
-    eigenvalue = largest_eigenvalue(centred) / rows + entry_error
+    entry_error = rounding_of(gram, num_levels)
+    if halves is None:
+        about_half, half_norm2 = _about_half(gram, num_levels)
+        half_eigenvalue = largest_eigenvalue(about_half[:half]) / half + entry_error
+        half_mean = float(about_half[half:].abs_().add_(entry_error).square_().mean(1).mean())
+        del about_half
+        centred = centred_gram(gram, num_levels)
+        eigenvalue = largest_eigenvalue(centred) / rows + entry_error
+        norm2 = int(gram.sum()) / (rows * num_levels) ** 2
+    else:
+        first, second = halves
+        half_eigenvalue, half_norm2, half_mean = first.eigenvalue, first.norm2, first.mean_form(second)
+        scatter = first.joined(second)
+        eigenvalue, norm2 = scatter.eigenvalue, scatter.norm2
+        centred = centred_gram(gram, num_levels)
     return GramSummary(
         rows=rows,
         blocks=1,
@@ -179,66 +189,18 @@ def summarize_gram(gram: Tensor, num_levels: int) -> GramSummary:
         eigenvalue=eigenvalue,
         fourth=largest_eigenvalue_of_squares_(centred, entry_error) / rows,
         half_eigenvalue=half_eigenvalue,
-        half_norm2=float(to_half[:half].mean()) * (1 + _OUTWARD),
+        half_norm2=half_norm2 * (1 + _OUTWARD),
         half_mean=half_mean * (1 + _OUTWARD),
     )
 
 
-def centre_(inner: Tensor) -> Tensor:
-    """Inner products float64 ``[m, m]`` of the samples less their mean, in place: a run holds few such matrices."""
-    to_mean = inner.mean(1)
-    return inner.sub_(to_mean[:, None]).sub_(to_mean[None, :]).add_(to_mean.mean())
-
-
-def rounding_of(inner: Tensor) -> float:
-    """Rounding moves an entry of a centred matrix by less than this, hence an eigenvalue by less than m times it."""
-    return 16 * float(inner.diagonal().max()) * torch.finfo(torch.float64).eps
-
-
-def largest_eigenvalue(matrix: Tensor) -> float:
-    """An upper bound, tight to about 1e-6, on the eigenvalues of a symmetric float64 matrix; not below 0.
-
-    Where the matrix is large, Lanczos finds a candidate mu and a Cholesky factor of mu I - matrix proves it (Rump,
-    Verification of positive definiteness, BIT 2006): if the factorisation runs through, no eigenvalue of its argument
-    lies below -eps (m + 2) trace. A candidate that fails is raised until it passes.
-    """
-    size = matrix.shape[0]
-    scale = float(matrix.diagonal().abs().max())
-    rounding = 4 * (size + 2) * torch.finfo(torch.float64).eps
-    if size < _LANCZOS_SIZE or scale == 0:
-        top = float(torch.linalg.eigvalsh(matrix)[-1])
-        return max(top, 0.0) * (1 + rounding)
-    start = np.random.default_rng(0).standard_normal(size)
-    top = float(eigsh(matrix.numpy(), k=1, which="LA", v0=start, tol=1e-8, return_eigenvectors=False)[0])
-    step = 1e-7
-    while True:
-        candidate = max(top, 1e-12 * scale) * (1 + step)
-        shifted = -matrix
-        shifted.diagonal().add_(candidate)
-        # In place, and less than half of the time of torch's.
-        if dpotrf(shifted.numpy().T, overwrite_a=True, clean=False)[1] == 0:
-            return candidate + rounding * size * (candidate + scale)
-        step *= 4
-
-
-def largest_eigenvalue_of_squares_(matrix: Tensor, entry_error: float) -> float:
-    """An upper bound, tight to about 1e-6, on the eigenvalues of the squares (|entry| + entry_error)^2, made in place.
-
-    matrix: symmetric, float64. For A of positive entries and any v > 0 no eigenvalue exceeds the largest (A v)_i / v_i
-    (Collatz and Wielandt): v from the power method makes it tight, where the largest two eigenvalues lie apart.
-    """
-    squares = matrix.abs_().add_(entry_error).square_()
-    if entry_error <= 0 or len(squares) < _LANCZOS_SIZE:
-        return largest_eigenvalue(squares)
-    vector = squares.sum(1)
-    for _ in range(_POWER_STEPS):
-        vector /= vector.amax()
-        moved = squares @ vector
-        ratios = moved / vector
-        if float(ratios.amin()) * (1 + 1e-6) >= (top := float(ratios.amax())):
-            return top * (1 + 4 * (len(vector) + 2) * torch.finfo(torch.float64).eps)
-        vector = moved
-    return largest_eigenvalue(squares)
+def _about_half(gram: Tensor, num_levels: int) -> tuple[Tensor, float]:
+    """Inner products float64 ``[m, m//2]`` of all samples with the first half, less its mean a, and ||a||^2."""
+    half = len(gram) // 2
+    inner = gram[:, :half].to(torch.float64).div_(num_levels**2)
+    to_half = inner.mean(1)
+    norm2 = to_half[:half].mean()
+    return inner.sub_(to_half[:, None]).sub_(to_half[None, :half]).add_(norm2), float(norm2)
 
 
 def bernoulli_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -10,17 +10,18 @@ import math
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from robattr_fast.certify.concentration import (
-    centre_,
+from robattr_fast.certify.eigenvalues import (
+    centred_gram,
     largest_eigenvalue,
     largest_eigenvalue_of_squares_,
     rounding_of,
+    top_eigenpairs,
 )
+from robattr_fast.certify.scatter import Scatter
 from robattr_fast.ops.packed_gram import packed_gram
-from robattr_fast.reference._pack_levels import bits_per_element, pack_levels
+from robattr_fast.reference._pack_levels import bits_per_element, pack_levels, unpack_levels
 
 DIRECTIONS = 2
 """Directions that are shrunk. The search over them grows exponentially with their number (`least_moves`)."""
@@ -47,23 +48,26 @@ class Deflation:
     squares: tuple[float, ...]
 
     @classmethod
-    def from_pilots(cls, rows: Tensor, gram: Tensor, num_levels: int, n: int) -> "Deflation | None":
+    def from_pilots(
+        cls, rows: Tensor, gram: Tensor, num_levels: int, n: int, scatter: Scatter | None = None
+    ) -> "Deflation | None":
         """The top eigenvectors of the empirical covariance of pilot samples; None if they show no such directions.
 
-        rows: uint8 ``[m, row_bytes]``, packed. gram: int64 ``[m, m]``, their inner products. w_j^2 makes the variance
-        along v_j that of the next eigenvalue below them. Any choice is valid.
+        rows: uint8 ``[m, row_bytes]``, packed. gram: int64 ``[m, m]``, their inner products. scatter: theirs,
+        where that costs less. w_j^2 makes the variance along v_j that of the next eigenvalue below them. Any choice is
+        valid.
         """
         if len(rows) < _FEWEST_PILOTS:
             return None
-        centred = centre_(gram.to(torch.float64)).numpy()
+        centred = centred_gram(gram, 1) if scatter is None else scatter.centred() / scatter.rows
         if not centred.diagonal().max() > 0.5 / len(rows):
             return None
-        start = np.random.default_rng(0).standard_normal(len(rows))
-        values, vectors = eigsh(centred, k=DIRECTIONS + 1, which="LA", v0=start, tol=1e-8)
-        order = np.argsort(-values)
-        values, vectors = values[order], vectors[:, order[:DIRECTIONS]]
+        values, vectors = top_eigenpairs(centred, DIRECTIONS + 1)
+        vectors = vectors[:, :DIRECTIONS]
         if not values[-1] > 1e-9 * max(float(gram.diagonal().max()), 1.0):
             return None
+        if scatter is not None:
+            vectors = _along(rows, vectors, num_levels)
         exact = _combined(torch.from_numpy(vectors - vectors.mean(0)).T.to(torch.float32), rows, num_levels)[:, :n]
         largest = exact.gather(1, exact.abs().argmax(1, keepdim=True))
         found = cls(
@@ -77,6 +81,11 @@ class Deflation:
         """Inner products of the directions, exact integers in float64 ``[2, 2]``."""
         wide = self.directions.to(torch.int64)
         return (wide[:, None] * wide[None]).sum(2).to(torch.float64).numpy()
+
+    def shrunk_eigenvalue(self, scatter: Scatter) -> float:
+        """An upper bound on the eigenvalues of the empirical covariance of the maps W h."""
+        squares = torch.tensor(self.squares, dtype=torch.float64)
+        return scatter.shrunk_eigenvalue(torch.from_numpy(self.basis), squares)
 
     @property
     def independent(self) -> bool:
@@ -120,17 +129,26 @@ class DeflatedSummary:
         )
 
 
-def summarize_deflated(gram: Tensor, coordinates: Tensor, squares: tuple[float, ...], levels: int) -> DeflatedSummary:
-    """One block: its Gram matrix int64 ``[m, m]``, the `Deflation.coordinates` of its rows, w_j^2, number of levels."""
+def summarize_deflated(
+    gram: Tensor,
+    coordinates: Tensor,
+    squares: tuple[float, ...],
+    levels: int,
+    eigenvalue: float | None = None,
+) -> DeflatedSummary:
+    """One block: its Gram matrix int64 ``[m, m]``, the `Deflation.coordinates` of its rows, w_j^2, number of levels.
+
+    eigenvalue: an upper bound on those of the empirical covariance of the W h, where there is one (`Scatter`).
+    """
     rows = len(gram)
-    inner = gram.to(torch.float64).div_(levels**2)
     # Coordinates are no longer than the maps, so that the same bound holds for the rounding of either part.
-    entry_error = 4 * rounding_of(inner)
+    entry_error = 4 * rounding_of(gram, levels)
     about = coordinates - coordinates.mean(0)
     shrunk = about * torch.tensor([1 - square for square in squares], dtype=torch.float64)
     # Symmetric but for rounding, which the error of an entry contains.
-    projected = centre_(inner).addmm_(shrunk, about.T, alpha=-1)
-    eigenvalue = largest_eigenvalue(projected) / rows + entry_error
+    projected = centred_gram(gram, levels).addmm_(shrunk, about.T, alpha=-1)
+    if eigenvalue is None:
+        eigenvalue = largest_eigenvalue(projected) / rows + entry_error
     return DeflatedSummary(
         rows=rows,
         blocks=1,
@@ -138,6 +156,15 @@ def summarize_deflated(gram: Tensor, coordinates: Tensor, squares: tuple[float, 
         eigenvalue=eigenvalue,
         fourth=largest_eigenvalue_of_squares_(projected, entry_error) / rows,
     )
+
+
+def _along(rows: Tensor, vectors: np.ndarray, num_levels: int) -> np.ndarray:
+    """Levels of packed rows times float64 ``[n, 2]``: ``[m, 2]``, to unit length; some rows at a time."""
+    weights = torch.from_numpy(vectors).contiguous()
+    levels = (unpack_levels(part, num_levels, len(vectors)) for part in rows.split(_BYTES))
+    found = torch.cat([part.to("cpu", torch.float64) @ weights for part in levels])
+    found -= found.mean(0)
+    return (found / found.norm(dim=0)).numpy()
 
 
 def _combined(weights: Tensor, rows: Tensor, num_levels: int) -> Tensor:

@@ -22,6 +22,7 @@ from robattr_fast.certify.deflation import (
     summarize_deflated,
 )
 from robattr_fast.certify.least_moves import DeflatedCost
+from robattr_fast.certify.scatter import Scatter
 from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments
 from robattr_fast.certify.settings import Settings
 from robattr_fast.ops.packed_gram import packed_gram
@@ -107,21 +108,45 @@ class Summary:
         """
         if len(rows) < FEWEST_ROWS:
             return self
-        gram, deflation, first = summarize_gram(products, self.num_levels), self.deflation, 0
+        half = len(rows) // 2
+        halves = None
+        if self._has_fewer_elements(rows):
+            halves = self._scatter(rows[:half]), self._scatter(rows[half:])
+        gram, deflation, first = summarize_gram(products, self.num_levels, halves), self.deflation, 0
+
+        def scatter(part: torch.Tensor) -> Scatter | None:
+            if halves is not None and len(part) == len(rows):
+                return halves[0].joined(halves[1])
+            return self._scatter(part) if self._has_fewer_elements(part) else None
+
         if self.gram is None:
             first = min(self.pilots, len(rows))
             if first == self.pilots:
-                deflation = Deflation.from_pilots(rows[:first], products[:first, :first], self.num_levels, self.n)
+                pilots, among = rows[:first], products[:first, :first]
+                deflation = Deflation.from_pilots(pilots, among, self.num_levels, self.n, scatter(pilots))
         else:
             gram = self.gram.joined(gram)
-        deflated = self.deflated
-        if deflation is not None and len(rows) - first >= FEWEST_ROWS:
-            coordinates = deflation.coordinates(rows[first:], self.num_levels)
-            one = summarize_deflated(products[first:, first:], coordinates, deflation.squares, self.num_levels)
+        deflated, rest = self.deflated, rows[first:]
+        if deflation is not None and len(rest) >= FEWEST_ROWS:
+            coordinates, fewer = deflation.coordinates(rest, self.num_levels), scatter(rest)
+            one = summarize_deflated(
+                products[first:, first:],
+                coordinates,
+                deflation.squares,
+                self.num_levels,
+                None if fewer is None else deflation.shrunk_eigenvalue(fewer),
+            )
             deflated = one if deflated is None else deflated.joined(one)
         return dataclasses.replace(
             self, gram=gram, deflation=deflation, deflated=deflated, invalid=self.invalid + invalid
         )
+
+    def _has_fewer_elements(self, rows: torch.Tensor) -> bool:
+        """Whether matrices of elements cost less than those of rows; ARPACK takes more elements than eigenvectors."""
+        return DIRECTIONS + 1 < self.n <= len(rows) // 2
+
+    def _scatter(self, rows: torch.Tensor) -> Scatter:
+        return Scatter.of_rows(rows, self.num_levels, self.n)
 
     @classmethod
     def of_rows(cls, rows: torch.Tensor, planned: int, retain: int, num_levels: int, n: int, invalid: int) -> Summary:

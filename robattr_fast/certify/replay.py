@@ -31,7 +31,7 @@ FALSE_ALARM = 1e-3
 FLIPS = 0.01
 """In another environment a model rounds differently: every element may then differ in this share of the samples."""
 
-_MOMENTS_TOLERANCE = 1e-9  # relative: sums of float64 in another order
+_MOMENTS_TOLERANCE = 2e-6  # relative: bounds on eigenvalues are tight to 1e-6, in whatever way they were proved
 
 _BATCH_SIZE = 32  # where none is recorded
 

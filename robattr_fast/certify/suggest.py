@@ -18,13 +18,13 @@ from robattr_fast.certify.concentration import (
     LAST_LOOK_SHARE,
     GramSummary,
     block_rows,
-    centre_,
     mean_map,
     spectral_bound,
     summarize_gram,
     trace_estimate,
 )
 from robattr_fast.certify.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
+from robattr_fast.certify.eigenvalues import centred_gram
 from robattr_fast.certify.moments import no_summary
 from robattr_fast.certify.second_moment import SecondMoments, TopKCost
 from robattr_fast.certify.settings import Settings
@@ -323,7 +323,7 @@ def _expected(seen: Certificate, settings: Settings) -> _Expected:
         summary[0, : len(gram.to_array())] = torch.from_numpy(gram.to_array())
         summary[0, -1] = invalid * gram.rows // pilot
         if not (invalid and settings.on_nonfinite == "abstain"):
-            values = torch.linalg.eigvalsh(centre_(products.double() / settings.levels**2) / pilot)
+            values = torch.linalg.eigvalsh(centred_gram(products, settings.levels) / pilot)
             deflated = _expected_deflated(float(values[-1 - DIRECTIONS]), trace, pilot, block, samples)
     certificate = Certificate(
         counts=_expected_counts(seen.counts[0], pilot, samples, trace)[None],
