@@ -115,6 +115,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+AUTOCAST = ("bfloat16", "float16")
+"""Dtypes of torch.autocast."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As a certificate records it: "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -190,3 +194,34 @@ def scores(
             f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}"
         )
     return attribution.detach(), logits
+
+
+def check_fixed(alone: torch.Tensor, mixed: torch.Tensor, half_digits: float) -> None:
+    """ModelError unless a sample has the same logits in every row of a batch of its like and beside other samples.
+
+    Logits [N, classes], of which ``alone`` has one sample in all rows, ``mixed`` that sample in the first.
+    """
+    rows = alone.double()
+    allowed = half_digits * float(rows[0].norm())
+    among = float((rows - rows[0]).norm(dim=1).max())
+    if among > allowed:
+        raise ModelError(
+            f"model: equal rows of one batch get different logits (by {among:.1e}): it is random, as by dropout "
+            "that is active in eval mode (torch.nn.functional.dropout without training=self.training)"
+        )
+    apart = float((mixed[0].double() - rows[0]).norm())
+    if apart > allowed:
+        raise ModelError(
+            f"model: the logits of an input change (by {apart:.1e}) with the other rows of the batch, or from call to "
+            "call: a normalisation by the statistics of the batch, or randomness; takes a fixed function of each row"
+        )
+
+
+def check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float) -> None:
+    """ModelError unless a callable gives one sample the same scores twice; NaN is judged later."""
+    difference = float((once.double() - again.double()).nan_to_num().norm())
+    if difference > half_digits * float(once.double().nan_to_num().norm()):
+        raise ModelError(
+            f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
+            "takes a fixed function of each row"
+        )

@@ -7,10 +7,9 @@ batch is padded to the fixed size and the surplus dropped: a model may round dif
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,34 +20,18 @@ from robattr_fast.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
 from robattr_fast.step import Following, Segment, Step, can_capture
+from robattr_fast.trial import MEMORY_FORMATS, Way, fastest, seconds_of
 
 _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
-_TRIAL_SHARE = 0.01  # of the run's expected time
-_TIMINGS, _SHORT_SECONDS = 3, 0.02  # of a batch in the trial: so often, unless it has taken so long
-_CLEARLY_SLOWER = 1.1  # a way that needs so many times the other's time is dropped from the trial
 _NEARLY = 0.02  # of the norm of logits: further off, another dtype makes too much of another model
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-"""In which the model gets its batches."""
 
 Follow = Callable[[int], Following]
 """What a captured step goes on to, of so many rows."""
 
 _T = TypeVar("_T")
-
-
-class Way(NamedTuple):
-    """How a batch goes through the model: a name of `MEMORY_FORMATS`, and the dtype of torch.autocast or None."""
-
-    memory_format: str
-    autocast: torch.dtype | None
-
-    def __str__(self) -> str:
-        formatted = "channels-last" if self.memory_format == "channels_last" else self.memory_format
-        return formatted if self.autocast is None else f"{formatted} in {_model.dtype_name(self.autocast)}"
 
 
 @dataclass(frozen=True)
@@ -133,10 +116,10 @@ class Sampler:
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
             raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
         (first,) = self.sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
-        _check_fixed(alone, first.logits, self._half_digits(alone))
+        _model.check_fixed(alone, first.logits, self._half_digits(alone))
         if callable(self.explain):
             again = self.sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
-            _check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
+            _model.check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
         else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         return classes
@@ -180,21 +163,21 @@ class Sampler:
         formats = [memory_format] if memory_format else [*MEMORY_FORMATS] if batch_size == "auto" else ["contiguous"]
         ways = [Way(name, dtype) for dtype in autocasts or (self.autocast,) for name in formats]
         if batch_size == "auto":
-            most = min(largest, samples, _LARGEST_BATCH)
-            self.batch_size, (self.memory_format, self.autocast) = self._fastest(samples, self._usable(ways), most)
+            least, largest = self.least, self._clamped(min(largest, samples, _LARGEST_BATCH))
         elif isinstance(batch_size, str):
             raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
         else:
-            self.batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
-            if self._clamped(self.batch_size) != self.batch_size:
+            least = largest = _check.integer("batch_size", batch_size, 1, 2**20)
+            if self._clamped(least) != least:
                 takes = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
                 raise ValueError(
                     f"batch_size: got {batch_size}, but the model was exported for batches of {takes} rows"
                 )
-            usable = self._usable(ways)
-            seconds = {way: self._seconds(self.batch_size, way) for way in usable} if len(usable) > 1 else {}
-            timed = {way: spent for way, spent in seconds.items() if spent is not None}
-            self.memory_format, self.autocast = min(timed, key=lambda way: timed[way], default=usable[0])
+        usable = self._usable(ways)
+        best = (least, usable[0])
+        if largest > least or len(usable) > 1:
+            best = fastest(self._seconds, usable, samples, least=least, largest=largest)
+        self.batch_size, (self.memory_format, self.autocast) = best
 
     def _clamped(self, rows: int) -> int:
         """The number of rows nearest to ``rows`` that the model takes."""
@@ -219,7 +202,7 @@ class Sampler:
                 logits = self._run(batch, self.batch_size)[0].logits
                 allowed = self._half_digits(logits)
                 if way.autocast != ways[0].autocast:
-                    _check_fixed(self._logits_of_one_row(), logits, allowed)
+                    _model.check_fixed(self._logits_of_one_row(), logits, allowed)
                     allowed = _NEARLY
             except Exception as error:  # a model may take views that only one format allows, or dtypes
                 if not usable:
@@ -237,54 +220,18 @@ class Sampler:
             usable.append(way)
         return usable
 
-    def _fastest(self, samples: int, ways: Sequence[Way], largest: int) -> tuple[int, Way]:
-        """The fastest of 1, 2, 4, ... ``largest`` rows and of the ways.
-
-        Stops once larger batches are worse, the trial costs too much, or memory ends. A model that takes so many rows
-        at least begins with these.
-        """
-        best, best_time, spent, worse = (self.least, ways[0]), float("inf"), 0.0, 0
-        size, slower = self.least, dict.fromkeys(ways, 0)
-        while size <= self._clamped(largest):
-            timed = {way: seconds for way in ways if (seconds := self._seconds(size, way)) is not None}
-            if not timed:
-                break
-            spent += 2 * sum(timed.values())
-            fastest = min(timed, key=lambda way: timed[way])
-            seconds = timed[fastest]
-            if seconds / size < 0.98 * best_time:
-                best, best_time, worse = (size, fastest), seconds / size, 0
-            else:
-                worse += 1
-            # Single rows are no measure of larger batches, and one measurement may have been interrupted.
-            for way in timed:
-                slower[way] += size > 1 and timed[way] >= _CLEARLY_SLOWER * seconds
-            ways = [way for way in timed if slower[way] < 2]
-            # The next trial costs about four of this one, for each way.
-            cost = 4 * seconds * len(ways)
-            if worse == 2 or (size >= 4 and spent + cost > _TRIAL_SHARE * samples * best_time):
-                break
-            size *= 2
-        return best
-
     def _seconds(self, size: int, way: Way) -> float | None:
         """Of one batch of this size; None where it does not fit into memory."""
         batch = [Segment(0, 0, size)]
         self.memory_format, self.autocast = way
-        try:
-            self._run(batch, size)  # first touch of this size: allocation, kernel selection
+
+        def work() -> None:
+            self._run(batch, size)
             self._wait()
-            best, spent = float("inf"), 0.0
-            # A short batch is timed again: one interruption would decide the whole run.
-            for _ in range(_TIMINGS):
-                start = time.perf_counter()
-                self._run(batch, size)
-                self._wait()
-                seconds = time.perf_counter() - start
-                best, spent = min(best, seconds), spent + seconds
-                if spent > _SHORT_SECONDS:
-                    break
-            return best
+
+        try:
+            work()  # first touch of this size: allocation, kernel selection
+            return seconds_of(work)
         except Exception as error:
             if not _model.is_out_of_memory(error):
                 raise
@@ -450,76 +397,3 @@ def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
             kept.append(replace(segment, count=count))
             rows -= count
     return kept
-
-
-def _check_fixed(alone: torch.Tensor, mixed: torch.Tensor, half_digits: float) -> None:
-    """ModelError unless a sample has the same logits in every row of a batch of its like and beside other samples.
-
-    Logits [N, classes], of which ``alone`` has one sample in all rows, ``mixed`` that sample in the first.
-    """
-    rows = alone.double()
-    allowed = half_digits * float(rows[0].norm())
-    among = float((rows - rows[0]).norm(dim=1).max())
-    if among > allowed:
-        raise ModelError(
-            f"model: equal rows of one batch get different logits (by {among:.1e}): it is random, as by dropout "
-            "that is active in eval mode (torch.nn.functional.dropout without training=self.training)"
-        )
-    apart = float((mixed[0].double() - rows[0]).norm())
-    if apart > allowed:
-        raise ModelError(
-            f"model: the logits of an input change (by {apart:.1e}) with the other rows of the batch, or from call to "
-            "call: a normalisation by the statistics of the batch, or randomness; takes a fixed function of each row"
-        )
-
-
-def _check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float) -> None:
-    """ModelError unless a callable gives one sample the same scores twice; NaN is judged later."""
-    difference = float((once.double() - again.double()).nan_to_num().norm())
-    if difference > half_digits * float(once.double().nan_to_num().norm()):
-        raise ModelError(
-            f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
-            "takes a fixed function of each row"
-        )
-
-
-def check_images(x: torch.Tensor) -> torch.Tensor:
-    """A finite, non-empty float batch [B, *S]."""
-    _check.float_tensor("x", x, min_dim=2)
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("x: got NaN or infinite elements, takes finite images")
-    return x
-
-
-def check_image_ids(image_ids: torch.Tensor | Sequence[int] | None, x: torch.Tensor) -> torch.Tensor:
-    """int64 [B] in [0, 2^32); default arange."""
-    if image_ids is None:
-        return torch.arange(x.shape[0])
-    ids = torch.as_tensor(image_ids, dtype=torch.int64)
-    if ids.shape != x.shape[:1]:
-        raise ValueError(f"image_ids: got shape {tuple(ids.shape)}, takes ({x.shape[0]},), one per image")
-    if not bool(((ids >= 0) & (ids < 2**32)).all()):
-        raise ValueError(f"image_ids: got {ids.tolist()}, takes integers in [0, 2^32)")
-    return ids
-
-
-def check_explain(explain: str | _model.Explanation, channel_sum: bool, x: torch.Tensor) -> None:
-    """A named explanation or a callable, whose scores have channels to sum if they are to be."""
-    if not (callable(explain) or explain in _model.EXPLANATIONS):
-        raise ValueError(f"explain: got {explain!r}, takes one of {', '.join(_model.EXPLANATIONS)}, or a callable")
-    if channel_sum and x.dim() < 3:
-        raise ValueError(f"channel_sum: got x of shape {tuple(x.shape)}, takes [B, C, ...] of at least 3 dimensions")
-
-
-def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """int64 [B] on x's device, or None; one class for all images, or one each."""
-    if target is None:
-        return None
-    classes = torch.as_tensor(target, device=x.device)
-    if classes.dtype not in (torch.int64, torch.int32) or classes.dim() > 1:
-        raise TypeError(
-            f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image"
-        )
-    if classes.dim() == 1 and classes.shape != x.shape[:1]:
-        raise ValueError(f"target: got {classes.numel()} classes, takes one, or one for each of {x.shape[0]} images")
-    return classes.to(torch.int64).expand(x.shape[0])

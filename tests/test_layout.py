@@ -20,7 +20,7 @@ LAYERS = [
     {"ops"},
     {"exported"},
     {"model"},
-    {"folding", "step", "perceptron"},
+    {"arguments", "folding", "perceptron", "step", "trial"},
     {"sampling"},
     {"differentiable"},
     {"smoothgrad", "nn"},

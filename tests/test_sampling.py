@@ -10,7 +10,7 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast import sampling
+from robattr_fast import sampling, trial
 from robattr_fast.certify import Overlap, engine
 from robattr_fast.certify.replay import replay
 
@@ -110,7 +110,7 @@ def test_the_last_look_is_left_to_who_asks(monkeypatch):
 
 @pytest.mark.parametrize("run", [rf.smoothgrad, rf.certify])
 def test_the_trial_counts_the_samples_of_all_images(monkeypatch, run):
-    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
+    monkeypatch.setattr(trial, "_SHARE", 1e9)
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     sizes = []
     original = sampling.Sampler.set_batch_size
@@ -125,7 +125,7 @@ def test_the_trial_counts_the_samples_of_all_images(monkeypatch, run):
 
 
 def test_pilot_batches_hold_one_image(monkeypatch):
-    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)
+    monkeypatch.setattr(trial, "_SHARE", 1e9)
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     model = Limited(lambda calls: 1000)
     rf.suggest(model, X[:1].repeat(4, 1, 1, 1), 10, 0.1, sigma=0.3, samples=64, pilot=16, taus=[0.2], levels=[1])
@@ -139,7 +139,7 @@ def test_smoothgrad_goes_on_as_well():
 
 
 def test_the_trial_ends_where_memory_does(monkeypatch, caplog):
-    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it
+    monkeypatch.setattr(trial, "_SHARE", 1e9)  # time is no reason to end it
     model = Limited(lambda calls: 4)
     with caplog.at_level(logging.WARNING, logger="robattr_fast"):
         certificate = rf.certify(model, X, **COMMON)
@@ -250,7 +250,7 @@ def test_the_faster_memory_format_is_taken_and_recorded(monkeypatch, tmp_path, f
 def test_both_formats_sample_the_same_noise():
     model = Pictures()
     one, other = (
-        rf.certify(model, COLOURED, **PICTURES, batch_size=16, memory_format=name) for name in sampling.MEMORY_FORMATS
+        rf.certify(model, COLOURED, **PICTURES, batch_size=16, memory_format=name) for name in trial.MEMORY_FORMATS
     )
     flips = (one.counts - other.counts).abs().sum() / one.counts.sum()
     assert flips < 0.01  # rounding only
@@ -329,7 +329,7 @@ def test_one_interrupted_measurement_decides_nothing(monkeypatch):
 
 def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     """A larger one would be padding: images are looked at after 64 samples each."""
-    monkeypatch.setattr(sampling, "_TRIAL_SHARE", 1e9)  # time is no reason to end it
+    monkeypatch.setattr(trial, "_SHARE", 1e9)  # time is no reason to end it
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
     monkeypatch.setattr(engine, "_Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.arguments import check_autocast, check_explain, check_image_ids, check_images, check_target
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import look_schedule
@@ -22,20 +23,12 @@ from robattr_fast.certify.environment import environment
 from robattr_fast.certify.fused import LARGEST_BATCH, Fused, fused_sampling
 from robattr_fast.certify.interrupt import DeferredInterrupt
 from robattr_fast.certify.merge import joined
-from robattr_fast.certify.settings import AUTOCAST, Settings
+from robattr_fast.certify.settings import Settings
 from robattr_fast.certify.state import State
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import (
-    Sampler,
-    Segment,
-    check_explain,
-    check_image_ids,
-    check_images,
-    check_target,
-    next_batch,
-)
+from robattr_fast.sampling import Sampler, Segment, next_batch
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -218,20 +211,6 @@ def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast:
     return found
 
 
-def _autocast(autocast: torch.dtype | str | None, x: torch.Tensor) -> torch.dtype | None:
-    """Of a model that is not yet measured."""
-    if autocast is None:
-        return None
-    if x.dtype == torch.float32:
-        if autocast == "auto":
-            return None
-        if isinstance(autocast, torch.dtype) and _model.dtype_name(autocast) in AUTOCAST:
-            return autocast
-    raise ValueError(
-        f"autocast: got {autocast!r} for x of {x.dtype}, takes torch.bfloat16, torch.float16 or 'auto' for float32"
-    )
-
-
 def certify(
     model: nn.Module,
     x: torch.Tensor,
@@ -328,7 +307,7 @@ def certify(
         raise ValueError(
             "keep_samples: got True without second moments, which alone need samples (second_moment, levels)"
         )
-    chosen = _autocast(autocast, x)
+    chosen = check_autocast(autocast, x)
     classes_wanted = check_target(target, x)
     ids = check_image_ids(image_ids, x)
     private = _model.private_copy(model)

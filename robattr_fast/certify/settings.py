@@ -6,12 +6,10 @@ from typing import Any
 
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.ledger import AlphaLedger
+from robattr_fast.model import AUTOCAST
 
 NONFINITE = ("raise", "zero", "abstain")
 """What a sample with NaN or infinite scores does: end the run; count as the map 0; or also as 1 in upper bounds."""
-
-AUTOCAST = ("bfloat16", "float16")
-"""Dtypes of torch.autocast."""
 
 SAME_MAP = (
     "sigma",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.arguments import check_explain, check_image_ids, check_images, check_target
 from robattr_fast.certify.bounds import check_bound
 from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.concentration import (
@@ -31,7 +32,7 @@ from robattr_fast.certify.settings import Settings
 from robattr_fast.certify.state import State
 from robattr_fast.ops import _check
 from robattr_fast.ops.packed_gram import packed_gram
-from robattr_fast.sampling import Sampler, Segment, check_explain, check_image_ids, check_images, check_target
+from robattr_fast.sampling import Sampler, Segment
 
 _LAST_SAMPLE = 2**32
 

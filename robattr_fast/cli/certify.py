@@ -13,13 +13,13 @@ from rich.console import Console
 
 from robattr_fast import images, models, tune_allocator
 from robattr_fast.certify import files
-from robattr_fast.certify.settings import AUTOCAST
 from robattr_fast.cli.errors import bad_input_exits, report
 from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.results import Results
 from robattr_fast.cli.resume import Earlier, stop_rule
 from robattr_fast.cli.run import Run
 from robattr_fast.errors import ModelError
+from robattr_fast.model import AUTOCAST
 
 
 def certify(

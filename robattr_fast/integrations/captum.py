@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from robattr_fast.arguments import check_image_ids
 from robattr_fast.ops import _check, noisy_samples
-from robattr_fast.sampling import check_image_ids
 from robattr_fast.smoothgrad import smoothgrad
 
 try:
