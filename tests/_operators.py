@@ -25,6 +25,12 @@ def needs_extension() -> None:
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The backend under which tests/test_host_cuda.py takes these cases: CUDA kernels on a CPU, slower still.
+ON_HOST = "cuda"
+if INTERPRETED:
+    import _interpreter
+
+    _interpreter.hasten()
 
 
 # Where there is a GPU, its backends run the same cases: `moved` takes their tensors there.
