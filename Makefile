@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/robattr-fast certify chelsea --model demo --samples 2048 --out out
 
 test: install
-	$(PYTEST) -n $(WORKERS) tests
+	$(PYTEST) -n $(WORKERS) --dist loadgroup tests
 	$(MAKE) --no-print-directory test-interpret
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own. What is left out

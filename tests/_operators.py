@@ -25,6 +25,12 @@ def needs_extension() -> None:
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The backend under which tests/test_host_cuda.py takes these cases: CUDA kernels on a CPU, slower still.
+ON_HOST = "cuda"
+if INTERPRETED:
+    import _interpreter
+
+    _interpreter.hasten()
 
 
 # Where there is a GPU, its backends run the same cases: `moved` takes their tensors there.
@@ -96,6 +102,11 @@ def moved(call, device):
 # A row of real size; under the interpreter, a thousand times slower, one that kernels treat like it.
 LONG_ROW = 17_000 if INTERPRETED else 150_528
 ROW = 33 if INTERPRETED else 1000
+
+
+def takes_views(dtype: torch.dtype) -> bool:
+    """Triton kernels are handed rows: what makes them of any strides does not look at the dtype, one dtype shows it."""
+    return dtype == torch.float32 or not INTERPRETED
 
 
 def examples(count: int):

@@ -6,6 +6,19 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--default-backends", action="store_true", help="only cases that leave it to the package what runs an operator"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--default-backends"):
+        named = {item for item in items if "backend" in getattr(getattr(item, "callspec", None), "params", ())}
+        items[:] = [item for item in items if item not in named]
+        config.hook.pytest_deselected(items=list(named))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
     # A shell starts background jobs with SIGINT ignored, and Python then installs no handler: tests that interrupt

@@ -10,11 +10,13 @@ from _operators import (
     LONG_KINDS,
     LONG_ROW,
     ON_GPU,
+    ON_HOST,
     ROW,
     backend,
     examples,
     make_row,
     sorted_levels,
+    takes_views,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,10 +85,15 @@ def test_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype):
     np.testing.assert_array_equal(invalid.numpy(), expected_invalid)
 
 
+def samples_of_two_programs(backend):
+    """As few samples of an image as are split: among programs of Triton's, and among the clusters of ON_HOST."""
+    return 5 if backend == ON_HOST else 9
+
+
 @pytest.mark.parametrize("levels", [1, 4, 15])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
-    scores = torch.randn(2, 9, 3 * ROW).to(dtype)
+    scores = torch.randn(2, samples_of_two_programs(backend), 3 * ROW).to(dtype)
     scores[1, 3, 5] = torch.nan
     counts, invalid = count(scores, 0.2, 0.05, levels)
     level = torch.round(rf.sparsify(scores, 0.2, 0.05, levels=levels) * levels)
@@ -119,9 +126,11 @@ def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 3 * ROW, 3 * ROW + 1])
 def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
-    scores = torch.randn(2, 9, n).to(dtype)
+    scores = torch.randn(2, samples_of_two_programs(backend), n).to(dtype)
     scores[1, 3, n // 2] = torch.nan
-    for view in (scores, scores.transpose(0, 1), scores[:, ::2], scores[..., ::3], scores[:, :1].expand(2, 4, n)):
+    rows = scores[..., : n - n // 8]  # farther apart than they are long
+    views = (rows, scores, scores.transpose(0, 1), scores[:, ::2], scores[..., ::3], scores[:, :1].expand(2, 4, n))
+    for view in views if takes_views(dtype) else views[:1]:
         h = rf.sparsify(view, 0.2, 0.05, levels=levels)
         level = torch.round(h.nan_to_num(nan=0.0) * levels).to(torch.uint8)
         _, invalid, packed = pack(view, 0.2, 0.05, levels)
@@ -156,7 +165,7 @@ def test_real_size(backend, levels):
 def test_more_rows_than_one_wave(backend, monkeypatch):
     if backend.startswith("triton"):
         monkeypatch.setattr("robattr_fast.kernels.count_sparsified._IMAGES", 2)
-    samples = 70 if INTERPRETED else 700
+    samples = 70 if INTERPRETED or backend == ON_HOST else 700
     scores = torch.rand(3, samples, 100)
     counts, _, packed = pack(scores, 1.0, 0.1, 3)
     level = torch.round(rf.sparsify(scores, 1.0, 0.1, levels=3) * 3).to(torch.uint8)
@@ -178,11 +187,12 @@ def test_adds_to_counts(backend):
 
 def test_views_of_scores(backend):
     scores = torch.randn(4, 6, ROW // 2)
+    columns = 60 if backend == ON_HOST else ROW  # that become rows of 6
     for view in (
         scores.transpose(0, 1),
         scores[:, ::2],
         scores[..., 3::7],
-        scores.transpose(1, 2),
+        scores[..., :columns].transpose(1, 2),
         scores[:1].expand(5, -1, -1),
     ):
         assert torch.equal(count(view, 0.2)[0], count(view.contiguous(), 0.2)[0])

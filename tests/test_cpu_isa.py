@@ -7,6 +7,8 @@ import sys
 import pytest
 from _operators import needs_extension
 
+pytestmark = pytest.mark.xdist_group("cpu_isa")  # one process finds the baseline, for all tests
+
 # Prints a hash over the bits of everything the CPU kernels compute, of NaN only where it is.
 _PROGRAM = """
 import hashlib, sys, torch

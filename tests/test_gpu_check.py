@@ -123,6 +123,7 @@ def test_correct_means_that_something_ran(machine, monkeypatch):
 
 SMALL = {"shape": (2, 5, 7), "samples": 3, "evicted_mib": 1, "calls": 2}
 SIZES = {"select": {"n": 300, "rows": 3}, "bounds": {"n": 40}, "gram": {"n": 200, "rows": 6}}
+SIZES["attention"] = {"batch": 2, "heads": 2, "positions": 70}
 
 
 def on_cpu(entry):

@@ -118,12 +118,13 @@ def test_types_and_views(dtype, levels):
     scores = torch.randn(2, 3, 603).to(dtype)
     scores[1, 2, 5] = torch.nan
     for view in (scores, scores.transpose(0, 1), scores[..., 1:], scores[..., ::3], scores[:, :1].expand(2, 4, 603)):
+        with backends.use("reference"):
+            expected, threshold = pack(view, 0.2, 0.05, levels), rf.topk_threshold(view, 100)
         for _ in DEVICES:
-            actual = pack(view, 0.2, 0.05, levels)
-            threshold = rf.topk_threshold(view, 100)
-            with backends.use("reference"):
-                assert all(map(torch.equal, actual, pack(view, 0.2, 0.05, levels)))
-                assert torch.equal(threshold, rf.topk_threshold(view, 100))
+            assert all(map(torch.equal, pack(view, 0.2, 0.05, levels), expected))
+        if levels == 1:  # which a threshold has nothing to do with
+            for _ in DEVICES:
+                assert torch.equal(rf.topk_threshold(view, 100), threshold)
 
 
 @pytest.mark.parametrize("bits", [torch.bfloat16, torch.float16])
@@ -186,7 +187,8 @@ def test_real_size_on_a_cluster_of_eight(machine):
 
 @pytest.mark.parametrize("levels", [1, 3])
 def test_more_rows_than_a_byte_counts(machine, levels):
-    scores = torch.rand(2, 300, 40)
+    scores = torch.rand(2, 260, 40)
+    scores[..., :20] += 10  # an element takes the same level in every row: the lowest or the highest
     for clusters in (1, 3):
         counts, invalid = torch.zeros(2, 40, levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         on = machine(H200, clusters)

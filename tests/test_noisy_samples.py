@@ -128,6 +128,13 @@ def test_any_split_gives_the_same_bits(backend, dtype):
     assert_same_bits(torch.cat(by_image), whole)
 
 
+def test_passes_of_the_reference_give_the_same_bits(monkeypatch):
+    x = torch.randn(2, 100)
+    whole = reference.noisy_samples(x, 0.5, 7, seed=3)
+    monkeypatch.setitem(normals.__globals__, "_BLOCKS_PER_PASS", 64)  # for 256 elements: two samples
+    assert_same_bits(reference.noisy_samples(x, 0.5, 7, seed=3), whole)
+
+
 # Fewer channels than a tile has elements, and more; planes shorter than a task of the CPU kernel, and longer.
 IMAGES = ((3, 17, 5), (1, 7, 9)) if INTERPRETED else ((3, 17, 5), (1, 7, 9), (3, 40, 40), (5, 31, 29), (70, 9, 9))
 

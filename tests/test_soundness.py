@@ -13,6 +13,9 @@ from robattr_fast.certify import marginal
 from robattr_fast.certify.bounds import marginal_bounds
 from robattr_fast.certify.certificate import METHODS
 
+# One process trains the model and samples its certificates once, for all tests.
+pytestmark = pytest.mark.xdist_group("soundness")
+
 SIGMA, TAU, K = 0.5, 0.1, 80
 NOISES, STEPS, RESTARTS = 64, 50, 5
 GAMMA = {1: None, 15: 0.025}  # by the number of levels

@@ -1,5 +1,6 @@
 """Triton kernels compile offline for the GPUs that we mean to run on, within budgets. No GPU is needed."""
 
+import functools
 import os
 import re
 import shutil
@@ -76,8 +77,13 @@ class Compiled:
         path.write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", path)))
         self.registers, self.stack = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", _cuobjdump("--dump-sass", path), re.MULTILINE)
-        self.sass = [line for line in lines if line != "NOP"]
+        self._cubin = path
+
+    @functools.cached_property
+    def sass(self):
+        listing = _cuobjdump("--dump-sass", self._cubin)
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", listing, re.MULTILINE)
+        return [line for line in lines if line != "NOP"]
 
     def assert_within(self, registers: int, shared: int, stack: int = 0):
         """The larger of what Triton 3.6 and 3.7 need."""
