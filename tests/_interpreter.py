@@ -12,7 +12,9 @@ def hasten() -> None:
     if not builder.options.debug:  # then sums that overflow are looked for, and the finding is dropped
         builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+        interpreter._patch_lang, interpreter.GridExecutor.__call__ = _once_a_launch(
+            interpreter._patch_lang, interpreter.GridExecutor.__call__
+        )
     interpreter._get_np_dtype = _looked_up(interpreter._get_np_dtype)
 
 
@@ -30,9 +32,19 @@ def _looked_up(find):
     return find_once
 
 
-def _once_a_launch(patch):
+def _once_a_launch(patch, launch):
     """The language is patched anew at each call of a device function; within a launch, once per module is enough."""
     patched = set()
+    launches = []
+
+    def counted(self, *arguments, **options):
+        patched.clear()
+        launches.append(self)
+        try:
+            return launch(self, *arguments, **options)
+        finally:
+            launches.pop()
+            patched.clear()
 
     @functools.cache
     def modules_of(function):
@@ -41,17 +53,10 @@ def _once_a_launch(patch):
 
     def patch_lang(function):
         modules = modules_of(function)
-        if modules in patched:
+        if launches and modules in patched:
             return None  # only a launch asks for the scope, and when it does nothing is patched
-        patched.add(modules)
         scope = patch(function)
-        restore = scope.restore
-
-        def and_forget():
-            patched.clear()
-            restore()
-
-        scope.restore = and_forget
+        patched.add(modules)
         return scope
 
-    return patch_lang
+    return patch_lang, counted

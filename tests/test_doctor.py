@@ -13,9 +13,9 @@ def test_every_operator_has_a_check():
     assert set(doctor.CHECKS) == set(backends.operators())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_this_installation_is_healthy(backend):
-    with backends.use(backend):
+@pytest.mark.parametrize("preferred", ["cpu", "reference"])
+def test_this_installation_is_healthy(preferred):
+    with backends.use(preferred):
         examination = doctor.examine()
     assert [row.check for row in examination.operators] == ["ok"] * len(backends.operators())
     assert all(row.detail == "" for row in examination.operators)

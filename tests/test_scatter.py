@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import robattr_fast as rf
 from robattr_fast.certify.concentration import GramSummary, summarize_gram
 from robattr_fast.certify.deflation import Deflation, summarize_deflated
+from robattr_fast.certify.eigenvalues import largest_eigenvalue
 from robattr_fast.certify.moments import Summary
 from robattr_fast.certify.scatter import Scatter
 from robattr_fast.cli.checks import sample_faults
@@ -175,3 +177,13 @@ def test_files_of_gram_matrices_alone_still_verify(monkeypatch: pytest.MonkeyPat
         assert cert.overlap(12, radius).share.item() == earlier.overlap(12, radius).share.item()
     earlier.gram_summary[0, 3] *= 1 - 1e-4
     assert len(sample_faults(earlier)) == 1
+
+
+def test_eigenvalues_that_crowd_at_the_top_are_as_tight():
+    """Lanczos does not separate them in its steps."""
+    size = 600
+    matrix = torch.diag(torch.full((size,), 2.0, dtype=torch.float64))
+    beside = torch.full((size - 1,), -1.0, dtype=torch.float64)
+    matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
+    exact = 2 - 2 * math.cos(math.pi * size / (size + 1))
+    assert exact <= largest_eigenvalue(matrix) <= exact * (1 + 1e-6)

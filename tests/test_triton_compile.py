@@ -36,6 +36,11 @@ INTEGERS = ("n", "k_tau", "k_gamma", "passes", "span", "samples", "samples_per_p
 INTEGERS += ("positions", "heads", "parts", "blocks", "size")
 
 
+def _of(newer: int, triton_36: int) -> int:
+    """A budget of Triton 3.7 and later, and what 3.6 needs."""
+    return triton_36 if triton.__version__.startswith("3.6.") else newer
+
+
 def _cuobjdump(argument: str, path) -> str:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     assert shutil.which(tool), f"triton ships no cuobjdump at {tool}"
@@ -86,7 +91,6 @@ class Compiled:
         return [line for line in lines if line != "NOP"]
 
     def assert_within(self, registers: int, shared: int, stack: int = 0):
-        """The larger of what Triton 3.6 and 3.7 need."""
         assert self.registers <= registers
         assert self.shared <= shared
         assert self.stack <= stack, "registers spill"
@@ -254,7 +258,8 @@ def test_packed_gram(architecture, bits, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("pointer", "registers", "shared"), [("*fp32", 128, 64), ("*bf16", 128, 64), ("*fp64", 200, 64)]
+    ("pointer", "registers", "shared"),
+    [("*fp32", _of(96, 128), 64), ("*bf16", _of(96, 128), 64), ("*fp64", _of(192, 200), 64)],
 )
 def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     out = "*fp64" if pointer == "*fp64" else "*fp32"
@@ -302,7 +307,7 @@ def _gradients(widths, activation, architecture, folder):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mlp_smoothgrad(architecture, tmp_path):
     compiled, blocks = _gradients((256, 256, 10), "relu", architecture, tmp_path)
-    compiled.assert_within(registers=232, shared=67840)
+    compiled.assert_within(registers=_of(216, 232), shared=67840)
     assert ".ftz" not in compiled.ptx, "denormals are flushed"
     # A slice of 16 columns of each product, and nothing else: contracted, the noise would have other bits.
     products = [4 * blocks[0], *blocks[1:], blocks[0], mlp_smoothgrad.COLUMNS]
@@ -312,14 +317,13 @@ def test_mlp_smoothgrad(architecture, tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mlp_smoothgrad_of_two_layers(architecture, tmp_path):
-    _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(registers=200, shared=18688)
+    _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(_of(176, 200), shared=18688)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu"])
 def test_mlp_smoothgrad_of_other_activations(activation, tmp_path):
     compiled, _ = _gradients((16, 10), activation, 90, tmp_path)
-    # Triton 3.6 stores one register of silu.
-    compiled.assert_within(registers=176, shared=18688, stack=8 if activation == "silu" else 0)
+    compiled.assert_within(registers=176, shared=18688, stack=_of(0, 8) if activation == "silu" else 0)
     functions = set(re.findall(r"\b(?:sqrt|lg2|tanh|sin|cos)\.approx\S*", compiled.ptx))
     assert not functions, "an approximate function"
 

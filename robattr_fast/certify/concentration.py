@@ -197,10 +197,11 @@ def summarize_gram(gram: Tensor, num_levels: int, halves: tuple[Scatter, Scatter
 def _about_half(gram: Tensor, num_levels: int) -> tuple[Tensor, float]:
     """Inner products float64 ``[m, m//2]`` of all samples with the first half, less its mean a, and ||a||^2."""
     half = len(gram) // 2
+    sums = gram[:, :half].sum(1)
+    to_half = sums.to(torch.float64).div_(half * num_levels**2)
+    norm2 = int(sums[:half].sum()) / (half * num_levels) ** 2
     inner = gram[:, :half].to(torch.float64).div_(num_levels**2)
-    to_half = inner.mean(1)
-    norm2 = to_half[:half].mean()
-    return inner.sub_(to_half[:, None]).sub_(to_half[None, :half]).add_(norm2), float(norm2)
+    return inner.sub_(to_half[:, None]).sub_(to_half[None, :half]).add_(norm2), norm2
 
 
 def bernoulli_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

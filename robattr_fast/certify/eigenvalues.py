@@ -22,11 +22,11 @@ def centred_gram(gram: Tensor, num_levels: int) -> Tensor:
     to_mean = centred.new_empty(len(gram))
     for part, integers, mean in zip(*map(_parts, (centred, gram, to_mean)), strict=True):
         part.copy_(integers)
-        torch.sum(part, 1, out=mean)
+        torch.sum(part, 1, out=mean)  # of integers: exact
         if num_levels > 1:
             part.div_(num_levels**2)
     to_mean.div_(num_levels**2 * len(gram))
-    about = to_mean - to_mean.mean()
+    about = to_mean - int(gram.sum()) / (num_levels * len(gram)) ** 2
     for part, mean in zip(*map(_parts, (centred, to_mean)), strict=True):
         part.sub_(mean[:, None]).sub_(about)
     return centred
@@ -52,19 +52,23 @@ def top_eigenpairs(matrix: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
 def largest_eigenvalue(matrix: Tensor) -> float:
     """An upper bound, tight to about 1e-6, on the eigenvalues of a symmetric float64 matrix; not below 0.
 
-    Where the matrix is large, Lanczos finds a candidate mu and a Cholesky factor of mu I - matrix proves it (Rump,
-    Verification of positive definiteness, BIT 2006): if the factorisation runs through, no eigenvalue of its argument
-    lies below -eps (m + 2) trace. A candidate that fails is raised until it passes.
+    A Cholesky factor of mu I - matrix proves a candidate mu (Rump, Verification of positive definiteness, BIT 2006): if
+    the factorisation runs through, no eigenvalue of its argument lies below -eps (m + 2) trace. A candidate that fails
+    is raised until it passes. Where the matrix is large Lanczos finds it, and ARPACK where that takes too many steps.
     """
     size = matrix.shape[0]
     scale = float(matrix.diagonal().abs().max())
     rounding = 4 * (size + 2) * EPS
-    if size < _LANCZOS_SIZE or scale == 0:
-        top = float(torch.linalg.eigvalsh(matrix)[-1])
-        return max(top, 0.0) * (1 + rounding)
-    start = torch.from_numpy(np.random.default_rng(0).standard_normal(size))
-    top = _top_ritz(matrix, start)[0]
+    if scale == 0:
+        return max(float(torch.linalg.eigvalsh(matrix)[-1]), 0.0) * (1 + rounding)
     step = 1e-7
+    if size < _LANCZOS_SIZE:
+        top, step = float(torch.linalg.eigvalsh(matrix)[-1]), 1e-11
+    else:
+        start = torch.from_numpy(np.random.default_rng(0).standard_normal(size))
+        top, _, converged = _top_ritz(matrix, start)
+        if not converged:
+            top = float(top_eigenpairs(matrix, 1)[0][0])
     while True:
         candidate = max(top, 1e-12 * scale) * (1 + step)
         shifted = -matrix
@@ -98,8 +102,9 @@ def largest_eigenvalue_of_squares_(matrix: Tensor, entry_error: float) -> float:
     return largest_eigenvalue(matrix)
 
 
-def _top_ritz(matrix: Tensor, start: Tensor) -> tuple[float, Tensor]:
-    """Lanczos with full orthogonalisation from ``start`` [m]: top Ritz value and vector, of the sign of ``start``."""
+def _top_ritz(matrix: Tensor, start: Tensor) -> tuple[float, Tensor, bool]:
+    """Lanczos with full orthogonalisation from ``start`` [m]: top Ritz value, its vector of the sign of ``start``, and
+    whether it has converged."""
     basis = start.new_empty(min(_LANCZOS_STEPS, len(start)), len(start))
     diagonal: list[float] = []
     beside: list[float] = []
@@ -113,12 +118,13 @@ def _top_ritz(matrix: Tensor, start: Tensor) -> tuple[float, Tensor]:
             moved -= (held @ moved) @ held
         rest = float(moved.norm())
         values, weights = eigh_tridiagonal(diagonal, beside)
-        if rest * abs(weights[-1, -1]) <= _LANCZOS_RESIDUAL * abs(values[-1]):
+        converged = bool(rest * abs(weights[-1, -1]) <= _LANCZOS_RESIDUAL * abs(values[-1]))
+        if converged:
             break
         beside.append(rest)
         vector = moved / rest
     top = torch.from_numpy(weights[:, -1] * (1 if weights[0, -1] >= 0 else -1))
-    return float(values[-1]), top @ held
+    return float(values[-1]), top @ held, converged
 
 
 def _parts(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -170,6 +170,14 @@ class Summary:
             directions = self.deflation.directions.cpu()
         return row, directions
 
+    @staticmethod
+    def tolerances() -> torch.Tensor:
+        """Relative, of the columns of `to_tensors`: bounds on eigenvalues are tight to 1e-6, the rest is rounded."""
+        proved = {"eigenvalue", "fourth", "half_eigenvalue"}
+        names = [field.name for part in (GramSummary, DeflatedSummary) for field in dataclasses.fields(part)]
+        columns = [2e-6 if name in proved else 1e-9 for name in names]
+        return torch.tensor([*columns, *[2e-6] * DIRECTIONS, 0.0], dtype=torch.float64)
+
     def restored(self, row: torch.Tensor, directions: torch.Tensor) -> Summary:
         """The inverse of :meth:`to_tensors`. ValueError for numbers that no samples give."""
         numbers = row.numpy()

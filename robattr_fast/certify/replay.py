@@ -18,6 +18,7 @@ from robattr_fast.certify.certificate import Certificate
 from robattr_fast.certify.consistency import implausible, mean_refuted
 from robattr_fast.certify.environment import differences
 from robattr_fast.certify.marginal import top_k
+from robattr_fast.certify.moments import Summary
 from robattr_fast.certify.state import State
 from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
@@ -30,8 +31,6 @@ FALSE_ALARM = 1e-3
 
 FLIPS = 0.01
 """In another environment a model rounds differently: every element may then differ in this share of the samples."""
-
-_MOMENTS_TOLERANCE = 2e-6  # relative: bounds on eigenvalues are tight to 1e-6, in whatever way they were proved
 
 _BATCH_SIZE = 32  # where none is recorded
 
@@ -181,9 +180,8 @@ def same_moments(again: tuple[torch.Tensor, torch.Tensor], cert: Certificate, im
     summary, directions = again
     assert cert.gram_summary is not None
     recorded = torch.zeros_like(directions) if cert.directions is None else cert.directions[image]
-    return torch.equal(directions, recorded) and torch.allclose(
-        summary, cert.gram_summary[image], rtol=_MOMENTS_TOLERANCE, atol=0.0
-    )
+    apart = (summary - cert.gram_summary[image]).abs()
+    return torch.equal(directions, recorded) and bool((apart <= Summary.tolerances() * summary.abs()).all())
 
 
 class _Drawn:
