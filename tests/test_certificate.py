@@ -372,6 +372,8 @@ def test_sums_out_of_range(value):
         ({"bound": "clopper-pearson", "levels": 15}, ValueError, "levels=1"),
         ({"alpha": 0.0}, ValueError, "alpha"),
         ({"slack": 2}, ValueError, "slack"),
+        ({"retain": 3}, ValueError, "retain"),
+        ({"retain": 8193}, ValueError, "retain"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite"),
         ({"intervals": (((3, 3),),)}, ValueError, "intervals"),
         ({"intervals": (((0, 3), (2, 5)),)}, ValueError, "intervals"),

@@ -117,8 +117,8 @@ class Settings:
             raise ValueError(f"shape must name at least one dimension of positive size, got {self.shape}")
         if self.levels is not None and self.levels < 1:
             raise ValueError(f"levels must be at least 1 or None, got {self.levels}")
-        if self.retain < 0:
-            raise ValueError(f"retain must not be negative, got {self.retain}")
+        if self.retain and not 4 <= self.retain <= 8192:
+            raise ValueError(f"retain must be 0 or lie in [4, 8192], got {self.retain}")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
         if self.autocast not in (None, *AUTOCAST):
