@@ -59,8 +59,9 @@ def check_autocast(autocast: torch.dtype | str | None, x: torch.Tensor) -> torch
     if x.dtype == torch.float32:
         if autocast == "auto":
             return None
+        if isinstance(autocast, str) and autocast in AUTOCAST:
+            return getattr(torch, autocast)
         if isinstance(autocast, torch.dtype) and dtype_name(autocast) in AUTOCAST:
             return autocast
-    raise ValueError(
-        f"autocast: got {autocast!r} for x of {x.dtype}, takes torch.bfloat16, torch.float16 or 'auto' for float32"
-    )
+    takes = "None, or for float32 torch.bfloat16, torch.float16 or 'auto'"
+    raise ValueError(f"autocast: got {autocast!r} for x of {x.dtype}, takes {takes}")

@@ -178,6 +178,8 @@ class Sampler:
         if largest > least or len(usable) > 1:
             best = fastest(self._seconds, usable, samples, least=least, largest=largest)
         self.batch_size, (self.memory_format, self.autocast) = best
+        if self.autocast != ways[0].autocast:
+            _logger.info("the model runs in %s: that is faster", _model.dtype_name(self.autocast or self.x.dtype))
 
     def _clamped(self, rows: int) -> int:
         """The number of rows nearest to ``rows`` that the model takes."""

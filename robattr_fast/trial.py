@@ -35,12 +35,18 @@ def fastest(
     """The fastest of ``least``, 2 ``least``, 4 ``least``, ... ``largest`` rows and of the ways, for so many samples.
 
     ``seconds`` of a batch of so many rows; None where it does not fit into memory. Stops once larger batches are worse,
-    the trial costs too much, or memory ends.
+    the trial costs too much, or memory ends. Another precision than that of the first way must be clearly faster: it
+    makes another model, which chance should not choose.
     """
-    best, best_time, spent, worse = (least, ways[0]), float("inf"), 0.0, 0
+    first = ways[0]
+    best, best_time, spent, worse = (least, first), float("inf"), 0.0, 0
     size, slower = least, dict.fromkeys(ways, 0)
     while size <= largest:
-        timed = {way: measured for way in ways if (measured := seconds(size, way)) is not None}
+        timed = {
+            way: measured * (1 if way.autocast == first.autocast else _CLEARLY_SLOWER)
+            for way in ways
+            if (measured := seconds(size, way)) is not None
+        }
         if not timed:
             break
         spent += 2 * sum(timed.values())

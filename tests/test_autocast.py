@@ -41,6 +41,14 @@ class Witness(nn.Module):
         return self.last(torch.tanh(h))
 
 
+def test_a_dtype_by_its_name_and_in_the_representation():
+    model = Witness().eval()
+    certificate = rf.certify(model, X, **RUN, autocast="bfloat16")
+    assert model.seen == {torch.bfloat16}
+    assert "autocast='bfloat16'" in repr(certificate)
+    assert "autocast" not in repr(rf.certify(model, X, **RUN))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_model_runs_in_the_dtype_asked_for(dtype):
     model = Witness().eval()
@@ -89,7 +97,7 @@ def test_other_dtypes_are_refused(x, dtype):
 
 
 @pytest.mark.parametrize("batch_size", [8, "auto"])
-@pytest.mark.parametrize(("factor", "expected"), [(0.5, "bfloat16"), (2.0, None)])
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "bfloat16"), (0.95, None), (2.0, None)])
 def test_a_measured_choice(monkeypatch, tmp_path, factor, expected, batch_size):
     monkeypatch.setattr(
         sampling.Sampler, "_seconds", lambda self, size, way: (5 + size) * (factor if way.autocast else 1)

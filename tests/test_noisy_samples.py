@@ -228,6 +228,7 @@ def test_gradient_has_the_dtype_of_x():
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "x: got dtype torch.int32"),
         ({"x": [[1.0]]}, TypeError, "x: got list"),
         ({"sigma": 0.0}, ValueError, "sigma: got 0.0"),
+        ({"sigma": "0.2"}, TypeError, "sigma: got str"),
         ({"sigma": -1.0}, ValueError, "sigma: got -1.0"),
         ({"sigma": float("nan")}, ValueError, "sigma: got nan"),
         ({"sigma": float("inf")}, ValueError, "sigma: got inf"),

@@ -268,3 +268,20 @@ def test_an_image_that_joins_a_finished_one_goes_on_where_it_ended(folder):
     assert names().count("photo1.checkpoint") == 0
     certs = [Certificate.load(f"out/photo{index}.safetensors") for index in range(IMAGES)]
     assert all(float(cert.overlap(72, 0.001).share) >= 0.3 for cert in certs)
+
+
+def test_the_time_of_a_run_with_other_options_is_not_counted(folder):
+    """The same image and folder, other samples: another run."""
+    manifest = folder / "out" / "manifest.json"
+
+    def seconds(samples):
+        assert certify(samples=samples).exit_code == 0
+        return [image["seconds"] for image in json.loads(manifest.read_text())["images"]]
+
+    seconds(64)
+    found = json.loads(manifest.read_text())
+    for image in found["images"]:
+        image["seconds"] = 1000.0
+    manifest.write_text(json.dumps(found))
+    assert seconds(64) == [1000.0] * IMAGES
+    assert max(seconds(128)) < 1000

@@ -13,7 +13,7 @@ import torch
 from _photos import write_photos
 from typer.testing import CliRunner
 
-from robattr_fast import Certificate, certify, rounding
+from robattr_fast import Certificate, certify, images, models, rounding
 from robattr_fast.cli.app import app
 
 
@@ -215,7 +215,10 @@ def test_replay_finds_another_model_image_and_count(run):
     failed(verify(*one, "--image", "photos/photo1.png"), "the image is another one")
     assert verify(*one, "--image", "photos/photo0.png").exit_code == 0
     shutil.move("photos/photo0.png", "away.png")
-    failed(verify(*one), "its image was not found at photos/photo0.png: name it with --image")
+    result = verify(*one)
+    assert result.exit_code == 1
+    assert "its image was not found at photos/photo0.png: name it with --image" in result.stderr
+    assert "not replayed" in result.stdout
     cert = Certificate.load("out/photo0.safetensors")
     counts = cert.counts.clone()
     often, seldom = int(counts[0, :, 0].argmax()), int(counts[0, :, 0].argmin())
@@ -224,6 +227,23 @@ def test_replay_finds_another_model_image_and_count(run):
     rewritten(counts=counts)
     result = verify(*one, "--image", "away.png", "--replay", "all")
     failed(result, "counts: 2 of 360 entries are not what all samples give, by up to 1")
+
+
+def test_a_file_of_several_images(run):
+    chosen = models.load("_cli_models:tiny")
+    x = torch.stack([images.read(Path(f"photos/photo{index}.png"), chosen.preprocess) for index in (0, 1)])
+    certify(chosen.module, x, sigma=0.3, samples=64, batch_size=16).save("both.safetensors")
+    arguments = ["both.safetensors", "--model", "_cli_models:tiny", "--replay", "all"]
+    photos = [argument for index in (1, 0) for argument in ("--image", f"photos/photo{index}.png")]
+    result = verify(*arguments, *photos)
+    assert result.exit_code == 0, result.output
+    for index in (0, 1):
+        assert f"image {index} of 2: all 64 samples replayed: the counts agree" in result.stdout
+    result = verify(*arguments, *photos[2:])
+    assert result.exit_code == 1
+    assert "image 1 of 2: its image was not found: name it with --image" in result.stderr
+    assert "not replayed" in result.stdout
+    assert "failed" not in result.stdout
 
 
 def test_smoothing_log(run):

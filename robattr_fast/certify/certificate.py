@@ -234,6 +234,7 @@ class Certificate:
             f"alpha={used.alpha:g}",
             f"bound={self.evaluated_bound!r}",
             f"slack={used.slack}",
+            *([] if settings.autocast is None else [f"autocast={settings.autocast!r}"]),
         ]
         if self.invalid.any():
             parts.append(f"invalid={self.invalid.tolist()}")

@@ -115,7 +115,8 @@ def certify(
         settings |= {"radius": radii, "k": checked_share(k), "batch_size": _checked_batch_size(batch_size)}
         stop_rule(settings, n=2)
         if autocast not in (None, *AUTOCAST):
-            raise ValueError(f"autocast: got {autocast!r}, takes {' or '.join(AUTOCAST)}")
+            takes = f"{' or '.join(AUTOCAST)}: all certificates of a folder are of one function"
+            raise ValueError(f"autocast: got {autocast!r}, takes {takes}")
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
         tune_allocator()  # elsewhere than on glibc there is nothing to tune

@@ -104,10 +104,11 @@ class Earlier:
     def _record(self, source: images.Source) -> Record:
         return self._records.get(source.name, Record())
 
-    def seconds(self, source: images.Source, cert: Certificate) -> float:
-        """What earlier runs spent on the samples of this image, as far as it was written down."""
+    def seconds(self, source: images.Source, cert: Certificate, settings: dict[str, Any]) -> float:
+        """What earlier runs with the same options spent on the samples of this image, as far as it was written down."""
         record = self._record(source)
         same = record.image.get("input_hash") in (cert.settings.input_hashes or ())
+        same = same and all((record.settings or {}).get(name) == settings[name] for name in SAMPLING)
         return (record.seconds or 0.0) if same else 0.0
 
     def of_this_run(self, settings: dict[str, Any]) -> dict[str, Record]:

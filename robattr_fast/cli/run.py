@@ -90,7 +90,7 @@ class Run:
                 unfinished.append(image)
             else:
                 drawn = self.earlier.drawn(image.source, self.settings)
-                self._write(image, cert, self.earlier.seconds(image.source, cert), drawn=drawn)
+                self._write(image, cert, self.earlier.seconds(image.source, cert, self.settings), drawn=drawn)
         return any(self._finish(together) for together in (*begun, unfinished) if together)
 
     def _begun(self, group: list[_Image]) -> list[list[_Image]]:
@@ -148,7 +148,7 @@ class Run:
         seconds = (time.perf_counter() - start) / len(group)
         for image, cert in zip(group, (certs[i] for i in range(len(group))), strict=True):
             if int(cert.samples[0]) > 0:
-                self._write(image, cert, seconds + self.earlier.seconds(image.source, cert), drawn=False)
+                self._write(image, cert, seconds + self.earlier.seconds(image.source, cert, self.settings), drawn=False)
         if not interrupted:
             checkpoint.unlink(missing_ok=True)
             if certs.settings.batch_size is not None:

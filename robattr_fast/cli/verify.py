@@ -24,6 +24,7 @@ from robattr_fast.cli.errors import bad_input_exits, one_line, report
 from robattr_fast.cli.options import DEFAULT_RADII, at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.results import label
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.model import input_hash
 from robattr_fast.report import words
 from robattr_fast.rounding import percent, rounded_cosine
 from robattr_fast.rounding import radius as shown_radius
@@ -34,12 +35,14 @@ _DEFAULT_REPLAY = 64
 
 @dataclass
 class _Verified:
-    """One file: its certificate, if it could be read, what is wrong with it, and what else there is to say."""
+    """One file: its certificate, if it could be read, what is wrong with it, what could not be looked at, and what else
+    there is to say."""
 
     path: Path
     cert: Certificate | None = None
     record: Record = field(default_factory=Record)
     faults: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     @functools.cached_property
@@ -66,8 +69,11 @@ def verify(
         typer.Option(help="Model to replay samples with; see certify. Code of the model runs.", show_default=False),
     ] = None,
     image: Annotated[
-        Path | None,
-        typer.Option(help="The image of the one certificate; default: where the run had it.", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            help="The image of the one certificate, repeated where it has several; default: where the run had it.",
+            show_default=False,
+        ),
     ] = None,
     replay_samples: Annotated[
         str | None,
@@ -92,7 +98,7 @@ def verify(
     manifest.json beside it, where those name it. With --model, samples are taken again and compared: all of them
     (--replay all: the counts must be equal), or a random part (--replay 64: the counts must contain what it shows and
     be plausible for it).
-    Exit status: 0; 1 if a file fails; 2 if the command cannot be carried out.
+    Exit status: 0; 1 if a file fails or an image to replay is not found; 2 if the command cannot be carried out.
     """
     console = Console()
     with bad_input_exits(traceback=traceback):
@@ -101,13 +107,13 @@ def verify(
         if not 0 < overlap <= 1:
             raise ValueError(f"overlap: got {overlap}, takes a share in (0, 1]")
         count = _checked_replay(replay_samples, model)
-        if image is not None and model is None:
+        if image and model is None:
             raise ValueError("image: got one without --model, takes both")
         if labels is not None and tsv is None:
             raise ValueError("labels: got them without --tsv, takes both")
         truth = _read_labels(labels) if labels is not None else {}
         paths = find_certificates(files)
-        if image is not None and len(paths) != 1:
+        if image and len(paths) != 1:
             raise ValueError(f"image: got one for {len(paths)} certificates, takes one certificate")
         if model is not None:
             tune_allocator()
@@ -117,17 +123,19 @@ def verify(
         found = [_check(path) for path in paths]
         if model is not None:
             chosen = models.load(model, size=size)
+            given = [images.read(path, chosen.preprocess) for path in image or ()]
             for one in found:
-                _replay(one, chosen, image, count, replay_seed, place, shares[0])
+                for index, cert in enumerate(one.images):
+                    _replay(one, index, cert, chosen, given, count, replay_seed, place, shares[0])
         console.print(_table(found, shares, radii, overlap))
         for line in _remarks(found):
             console.print(line, highlight=False, soft_wrap=True)
         if tsv is not None:
             write_atomically(tsv, _smoothing_log(found, truth).encode())
     for one in found:
-        for fault in one.faults:
+        for fault in one.faults + one.unseen:
             report(fault if str(one.path) in fault else f"{one.path}: {fault}")
-    if any(one.faults for one in found):
+    if any(one.faults or one.unseen for one in found):
         raise typer.Exit(1)
 
 
@@ -148,33 +156,33 @@ def _check(path: Path) -> _Verified:
 
 def _replay(
     one: _Verified,
+    index: int,
+    cert: Certificate,
     model: models.Model,
-    image: Path | None,
+    given: list[torch.Tensor],
     count: int | None,
     seed: int,
     device: torch.device,
     k: float,
 ) -> None:
-    """With the model."""
-    cert = one.cert
-    if cert is None:
-        return
-    x = _input(one, cert, model, image)
+    """With the model: ``cert``, of image ``index`` of the file."""
+    which = "" if len(one.images) == 1 else f"image {index} of {len(one.images)}: "
+    x = _input(one, cert, model, given)
     if x is None:
         source = one.record.source
-        one.faults.append(f"its image was not found{f' at {source}' if source else ''}: name it with --image")
+        one.unseen.append(f"{which}its image was not found{f' at {source}' if source else ''}: name it with --image")
         return
     size = max(1, int(k * cert.settings.n))
     wanted = None if count is None else min(count, int(cert.samples[0]))
     result = replay(cert, model.module.to(device), x.to(device), samples=wanted, seed=seed, k=size)
-    one.faults += result.faults
+    one.faults += [which + fault for fault in result.faults]
     if result.differences:
         one.remarks.append(
             f"sampled elsewhere ({'; '.join(result.differences)}): rounding may move an element in "
             f"{100 * FLIPS:g} % of the replayed samples, and more was not held against it"
         )
     if not result.faults:
-        one.remarks.append(_replayed(result.samples, result.total, exact=not result.differences))
+        one.remarks.append(which + _replayed(result.samples, result.total, exact=not result.differences))
 
 
 def _replayed(samples: int, total: int, *, exact: bool) -> str:
@@ -186,12 +194,15 @@ def _replayed(samples: int, total: int, *, exact: bool) -> str:
     return f"all {total} samples replayed: " + ("the counts are theirs, exactly" if exact else "the counts agree")
 
 
-def _input(one: _Verified, cert: Certificate, model: models.Model, image: Path | None) -> torch.Tensor | None:
-    if image is not None:
-        return images.read(image, model.preprocess)
+def _input(one: _Verified, cert: Certificate, model: models.Model, given: list[torch.Tensor]) -> torch.Tensor | None:
+    if len(given) == 1 and len(one.images) == 1:
+        return given[0]  # whatever it is: the replay says so
     hashes = cert.settings.input_hashes
-    if hashes is None or len(hashes) != 1:
+    if hashes is None:
         return None
+    for x in given:
+        if input_hash(x) == hashes[0]:
+            return x
     return find_image(one.path, one.record, hashes[0], cert.settings.shape, model.preprocess)
 
 
@@ -228,7 +239,8 @@ def _table(found: list[_Verified], shares: list[float], radii: list[float], over
     table.add_column("samples", justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for one in found:
-        verdict = "[bold red]failed[/]" if one.faults else "[green]ok[/]"
+        verdict = "[green]ok[/]" if not one.unseen else "[yellow]not replayed[/]"
+        verdict = "[bold red]failed[/]" if one.faults else verdict
         if one.cert is None:
             table.add_row(one.path.name, *[""] * (len(radii) + 5), verdict)
             continue

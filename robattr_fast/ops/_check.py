@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -34,6 +35,8 @@ def comparable_dtype(scores: torch.Tensor) -> torch.dtype:
 
 def positive(name: str, value: float) -> float:
     """A finite number above zero."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a finite number > 0")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: got {value}, takes a finite number > 0")
     return float(value)
