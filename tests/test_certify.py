@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import threading
 
@@ -167,8 +168,15 @@ def test_a_checkpoint_of_other_samples_is_refused(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_run(tmp_path, caplog):
-    path = tmp_path / "missing" / "run.safetensors"
-    certificate = rf.certify(MODEL, images(), **COMMON, checkpoint=path, batch_size=8)
+    path = tmp_path / "removed" / "run.safetensors"
+    with pytest.raises(ValueError, match=r"checkpoint: got .*run\.safetensors, takes a file in a folder that exists"):
+        rf.certify(MODEL, images(), **COMMON, checkpoint=path)
+    path.parent.mkdir()
+
+    def removed(event):
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+    certificate = rf.certify(MODEL, images(), **COMMON, checkpoint=path, batch_size=8, progress=removed)
     assert torch.equal(certificate.counts, rf.certify(MODEL, images(), **COMMON, batch_size=8).counts)
     assert "cannot be written" in caplog.text
 

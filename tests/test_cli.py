@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from robattr_fast import BackendError, Certificate, Progress, backends, images
+from robattr_fast import BackendError, Certificate, Progress, backends, images, machine
 from robattr_fast.certify import certify
 from robattr_fast.cli import app as cli_app
 from robattr_fast.cli import certify as cli_certify
@@ -432,3 +432,9 @@ def test_no_progress_off_a_terminal():
     with SampleProgress(console, images=1) as progress:
         assert progress.images([(0, "photo")], 1000, k_share=0.3, radius=0.1) is False
     assert console.file.getvalue() == ""
+
+
+def test_version():
+    result = CliRunner().invoke(cli_app.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == f"robattr-fast {machine.versions()['robattr-fast']}"

@@ -349,6 +349,8 @@ def certify(
     if stop is not None and not 1 <= stop.k <= settings.n // 2:
         raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"checkpoint: got {path}, takes a file in a folder that exists")
     if path is not None and not _model.is_identified(settings.explain):
         raise ValueError(
             f"checkpoint: explain={settings.explain} cannot be told from another callable of that name; takes a named "

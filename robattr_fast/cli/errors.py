@@ -24,6 +24,11 @@ def report(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False)
 
 
+def warn(message: str) -> None:
+    """``warning: ...`` on stderr."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold yellow]warning:[/] {_escaped(message)}", highlight=False)
+
+
 def _escaped(text: str) -> str:
     from rich.markup import escape
 

@@ -10,6 +10,7 @@ import torch
 
 from robattr_fast import images
 from robattr_fast.certify import Certificate, StopWhen
+from robattr_fast.cli.errors import warn
 from robattr_fast.errors import CertificateFileError
 from robattr_fast.model import input_hash
 from robattr_fast.ops import _check
@@ -92,9 +93,12 @@ class Earlier:
             "device": str(device),
             "exploration": None,
         }
-        if any(getattr(cert.settings, name) != value for name, value in wanted.items()):
-            return None
+        differ = [name for name, value in wanted.items() if getattr(cert.settings, name) != value]
         if (cert.packed is not None) != settings["keep_samples"]:
+            differ.append("keep_samples")
+        if differ:
+            samples = int(cert.samples[0])
+            warn(f"{self._file(source)} of {samples} samples is of another run ({', '.join(differ)}): it is replaced")
             return None
         if not cert.stopped_off_plan:
             return cert
