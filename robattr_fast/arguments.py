@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from robattr_fast.model import AUTOCAST, EXPLANATIONS, Explanation, dtype_name
+from robattr_fast.model import AUTOCAST, EXPLANATIONS, Explanation, dtype_name, dtype_named
 from robattr_fast.ops import _check
 
 
@@ -60,7 +60,7 @@ def check_autocast(autocast: torch.dtype | str | None, x: torch.Tensor) -> torch
         if autocast == "auto":
             return None
         if isinstance(autocast, str) and autocast in AUTOCAST:
-            return getattr(torch, autocast)
+            return dtype_named(autocast)
         if isinstance(autocast, torch.dtype) and dtype_name(autocast) in AUTOCAST:
             return autocast
     takes = "None, or for float32 torch.bfloat16, torch.float16 or 'auto'"

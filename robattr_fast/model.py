@@ -124,6 +124,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The inverse of `dtype_name`; None for None."""
+    return None if name is None else getattr(torch, name)
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """torch.autocast in ``dtype``; None: nothing is changed. No cast is cached: a captured graph would outlive it."""
     if dtype is None:

@@ -7,8 +7,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import robattr_fast as rf
 from robattr_fast import sampling, step
 from robattr_fast.ops.noisy_samples import fill
+
+# What a captured step counts, on the tape and on a GPU.
+COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 130, "batch_size": 32}
+CASES = [
+    {"levels": 15, "gamma": 0.05},
+    {"levels": None, "gamma": 0.05},
+    {"channel_sum": True},
+    {"explain": "input_x_gradient"},
+    {"second_moment": False},
+    # Blocks end inside of batches.
+    {"retain": 44, "keep_samples": True},
+    {"autocast": torch.bfloat16},
+    {"samples": 20},
+    {"samples": 5},
+    # Looks cut batches.
+    {"samples": 2000, "stop": rf.StopWhen(k=20, radius=0.05, overlap=0.3), "batch_size": 48},
+]
 
 
 def _tensors(tree):

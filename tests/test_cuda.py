@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from _tape import CASES, COMMON
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
@@ -16,8 +17,6 @@ from robattr_fast.nn import KernelAttention
 from robattr_fast.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
-
-COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 130, "batch_size": 32}
 
 
 @pytest.fixture
@@ -118,19 +117,7 @@ def assert_same(captured, eager):
         torch.testing.assert_close(captured.tensors[name], tensor, rtol=1e-12 if name == "sums" else 0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"levels": 15, "gamma": 0.05},
-        {"levels": None, "gamma": 0.05},
-        {"channel_sum": True},
-        {"explain": "input_x_gradient"},
-        {"retain": 44, "keep_samples": True},
-        {"samples": 5},
-        {"samples": 2000, "stop": rf.StopWhen(k=20, radius=0.05, overlap=0.3), "batch_size": 48},
-    ],
-    ids=lambda arguments: "-".join(arguments),
-)
+@pytest.mark.parametrize("arguments", CASES, ids="-".join)
 @pytest.mark.parametrize("images", [1, 2])
 def test_everything_counted_is_what_eager_batches_count(x, monkeypatch, caplog, images, arguments):
     arguments, model = COMMON | arguments, Elementwise(3, 12, 12).cuda().eval()

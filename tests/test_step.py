@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _tape import recording
+from _tape import CASES, COMMON, recording
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
@@ -17,7 +17,6 @@ from robattr_fast import sampling, step
 from robattr_fast.certify import engine, state, tally
 
 X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
-COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 130, "batch_size": 32}
 
 
 @pytest.fixture
@@ -51,23 +50,7 @@ def assert_same(certificate, eager):
         assert torch.equal(certificate.tensors[name], tensor), name
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"levels": 15, "gamma": 0.05},
-        {"levels": None, "gamma": 0.05},
-        {"channel_sum": True},
-        {"explain": "input_x_gradient"},
-        {"second_moment": False},
-        # Blocks end inside of batches.
-        {"retain": 44, "keep_samples": True},
-        {"autocast": torch.bfloat16},
-        {"samples": 20},
-        # Looks cut batches.
-        {"samples": 2000, "stop": rf.StopWhen(k=20, radius=0.05, overlap=0.3), "batch_size": 48},
-    ],
-    ids=lambda arguments: "-".join(arguments),
-)
+@pytest.mark.parametrize("arguments", CASES, ids="-".join)
 @pytest.mark.parametrize("images", [1, 2])
 def test_everything_counted_is_what_eager_batches_count(recorder, monkeypatch, images, arguments):
     arguments = COMMON | arguments
@@ -206,7 +189,6 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.log = []
-        self.current = "main"
         fakes = {
             "device": lambda device: self.within("device"),
             "stream": lambda stream: self.within(stream.name),
@@ -234,7 +216,11 @@ class Cuda:
 
 def test_capture_warms_up_aside_and_replays(monkeypatch):
     cuda, results = Cuda(monkeypatch), (torch.zeros(1),)
-    work = lambda: cuda.log.append("work") or results  # noqa: E731
+
+    def work():
+        cuda.log.append("work")
+        return results
+
     replay, memory = step.capture(work, torch.device("cuda"))
     warm_up = ["work", "work", "waiting is error", "work", "waiting is 0"]
     captured = ["+graph in None on aside", "work", "-graph in None on aside"]

@@ -366,7 +366,7 @@ def certify(
             versions=joined(earlier.versions, settings.versions),
             backends=joined(earlier.backends, settings.backends),
         )
-        sampler.autocast = None if earlier.autocast is None else getattr(torch, earlier.autocast)
+        sampler.autocast = _model.dtype_named(earlier.autocast)
     with torch.autocast(x.device.type, enabled=False):
         classes = sampler.prepare()
         fused = fused_sampling(settings, sampler)

@@ -136,7 +136,7 @@ def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sam
         explain=settings.explain,
         seed=settings.seed,
         image_ids=torch.tensor(settings.image_ids),
-        autocast=None if settings.autocast is None else getattr(torch, settings.autocast),
+        autocast=_model.dtype_named(settings.autocast),
     )
     state = State(settings, 1, sampler.prepare(), x.device)
     sampler.set_batch_size(settings.batch_size or _BATCH_SIZE, 1, settings.memory_format)

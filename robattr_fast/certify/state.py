@@ -53,6 +53,13 @@ class State:
             else []
         )
 
+    @property
+    def maps(self) -> torch.Tensor:
+        """Counts, or sums where levels is None."""
+        maps = self.sums if self.counts is None else self.counts
+        assert maps is not None
+        return maps
+
     def add(self, scored: Scored, first_sample: int) -> None:
         """Count the samples of one segment, which follow those that its image has."""
         segment = scored.segment
@@ -99,10 +106,8 @@ class State:
         """Take over what the tally has. Nothing is allocated: memory may just have ended, and this may run again."""
         if self._tally is None:
             return
-        maps = self.sums if self.counts is None else self.counts
-        assert maps is not None
         one = slice(self._tallied, self._tallied + 1)
-        self._tally.move_into(maps[one], self.invalid[one], self.class_counts[one], self.first_invalid[one])
+        self._tally.move_into(self.maps[one], self.invalid[one], self.class_counts[one], self.first_invalid[one])
 
     def add_fused(self, segment: Segment, fused: Fused, first_sample: int) -> None:
         """Make, score and count the samples of one segment, which follow those that its image has."""
@@ -150,12 +155,10 @@ class State:
 
     def _count(self, image: int, scores: torch.Tensor) -> torch.Tensor:
         """Add the maps of all rows; the number of invalid ones, int32 [] on the device."""
-        into = self.sums if self.counts is None else self.counts
-        assert into is not None
         invalid = self.invalid.new_zeros(())
         while len(scores):
             rows, packed = self._next_rows(image, len(scores))
-            found = add_maps(self.settings, into[image], scores[:rows], packed)
+            found = add_maps(self.settings, self.maps[image], scores[:rows], packed)
             if packed is not None:
                 self.retained[image].written(rows, found)
             invalid, scores = invalid + found, scores[rows:]
@@ -282,10 +285,13 @@ class Retained:
     def next_rows(self, count: int) -> torch.Tensor:
         """Where the packed levels of the next ``count`` samples go, uint8 [count, row_bytes]; then call `written`."""
         if self.packed is None:
-            assert self.settings.levels is not None
-            row_bytes = packed_row_bytes(self.settings.n, self.settings.levels)
-            self.packed = self._allocate(row_bytes)
+            self.packed = self._allocate(self._row_bytes)
         return self.packed[self._first + self.filled : self._first + self.filled + count]
+
+    @property
+    def _row_bytes(self) -> int:
+        assert self.settings.levels is not None
+        return packed_row_bytes(self.settings.n, self.settings.levels)
 
     def _allocate(self, row_bytes: int) -> torch.Tensor:
         return torch.empty((self.total if self.keep else self.block, row_bytes), dtype=torch.uint8, device=self.device)
@@ -306,8 +312,7 @@ class Retained:
     def rows(self) -> torch.Tensor:
         """The packed rows that are there, uint8 [rows, row_bytes]."""
         if self.packed is None:
-            assert self.settings.levels is not None
-            return torch.empty((0, packed_row_bytes(self.settings.n, self.settings.levels)), dtype=torch.uint8)
+            return torch.empty((0, self._row_bytes), dtype=torch.uint8)
         return self.packed[: self._first + self.filled]
 
     def summary(self) -> Summary:

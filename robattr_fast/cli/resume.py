@@ -32,6 +32,7 @@ SAMPLING = (
     "retain",
     "keep_samples",
     "on_nonfinite",
+    "autocast",
 )
 """The options that samples and certificate depend on, as arguments of `certify`."""
 
@@ -86,7 +87,6 @@ class Earlier:
             "gamma": gamma,
             "target": None if target is None else (target,),
             "planned_samples": (settings["samples"],),
-            "autocast": settings["autocast"],
             "image_ids": (images.image_id(x),),
             "input_hashes": (input_hash(x),),
             "model_fingerprint": fingerprint,

@@ -137,7 +137,6 @@ class Run:
                 torch.stack([image.x for image in group]).to(self.results.device),
                 image_ids=[images.image_id(image.x) for image in group],
                 stop=stop_rule(self.settings, first.x[0].numel() if self.settings["channel_sum"] else first.x.numel()),
-                autocast=None if self.settings["autocast"] is None else getattr(torch, self.settings["autocast"]),
                 checkpoint=checkpoint,
                 progress=show,
                 **batches,
