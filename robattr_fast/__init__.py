@@ -1,6 +1,6 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
-from robattr_fast import backends, nn, reference
+from robattr_fast import attributions, backends, metrics, nn, reference
 from robattr_fast.allocator import tune_allocator
 from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
 from robattr_fast.errors import (
@@ -35,11 +35,13 @@ __all__ = [
     "Progress",
     "StopWhen",
     "Suggestion",
+    "attributions",
     "backends",
     "betting_bounds",
     "certify",
     "count_sparsified_",
     "linear_attention",
+    "metrics",
     "mlp_smoothgrad",
     "nn",
     "noisy_samples",

@@ -35,6 +35,19 @@ def is_identified(explanation: str | None) -> bool:
     return explanation is None or not (explanation.startswith(_CALLABLE) and "<" in explanation)
 
 
+def check_mode(model: nn.Module) -> None:
+    """TypeError unless it is a Module, ModelError if it, or a part of it, is in training mode."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    graphs = exported.graphs(model)
+    for name, graph in graphs.items():
+        exported.check_mode(name, graph)
+    for name, module in model.named_modules():
+        if module.training and not exported.contains(graphs, name):
+            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
+            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
+
+
 def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
     """A copy in eval mode that shares the parameters' memory, detached; buffers are its own.
 
@@ -45,15 +58,7 @@ def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
     Raises:
         TypeError: not a Module. ModelError: training mode, or a model that cannot be copied.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
-    graphs = exported.graphs(model)
-    for name, graph in graphs.items():
-        exported.check_mode(name, graph)
-    for name, module in model.named_modules():
-        if module.training and not exported.contains(graphs, name):
-            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
-            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
+    check_mode(model)
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()}
     try:
         return copy.deepcopy(model, shared)
@@ -157,6 +162,9 @@ def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """f_c per sample [N]: c is ``target`` [N], or the largest logit of that very sample where target is None."""
     index = logits.detach().argmax(dim=1) if target is None else target
+    # On a device this would be waited for, and could not be captured.
+    if not index.is_cuda and not bool(((index >= 0) & (index < logits.shape[1])).all()):
+        raise ValueError(f"target: got {index.tolist()}, expected classes in [0, {logits.shape[1]})")
     return logits.gather(1, index[:, None])[:, 0]
 
 

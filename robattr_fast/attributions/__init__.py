@@ -1,0 +1,9 @@
+"""Maps that explain one class of one image: ``attribution(model, x, target=None, create_graph=False)`` -> [B, *M].
+
+With ``create_graph=True`` each can be differentiated with respect to x and the model's parameters; each is an
+``explain=`` of `robattr_fast.certify`. What else one takes are keywords: functools.partial sets them.
+"""
+
+from robattr_fast.attributions.gradient import gradient, input_x_gradient
+
+__all__ = ["gradient", "input_x_gradient"]
