@@ -7,10 +7,15 @@ import torch
 from robattr_fast.ops import _check
 
 
+def check_maps(name: str, maps: torch.Tensor) -> None:
+    """A float batch of maps [B, *M]."""
+    _check.float_tensor(name, maps, min_dim=2)
+
+
 def check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
     """Two float batches of maps of one shape [B, *M], on one device."""
-    _check.float_tensor("a", a, min_dim=2)
-    _check.float_tensor("b", b, min_dim=2)
+    check_maps("a", a)
+    check_maps("b", b)
     if a.shape != b.shape:
         raise ValueError(f"a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected two equal shapes [B, *M]")
     if a.device != b.device:
