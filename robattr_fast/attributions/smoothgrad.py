@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.arguments import check_image_ids, check_images, check_target
-from robattr_fast.differentiable import Recomputation
+from robattr_fast.attributions.differentiable import Recomputation
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops import _check
 from robattr_fast.ops.soft_topk import soft_topk
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._select import selected
-from robattr_fast.sampling import Sampler, SamplingProgress, Scored, next_batch
+from robattr_fast.sampling.arguments import check_image_ids, check_images, check_target
+from robattr_fast.sampling.sampler import Sampler, SamplingProgress, Scored, next_batch
 
 _REPORT_SECONDS = 0.5
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from robattr_fast.certify.bounds import check_bound
-from robattr_fast.certify.ledger import AlphaLedger
+from robattr_fast.certificates.ledger import AlphaLedger
+from robattr_fast.certificates.theorems.bounds import check_bound
 from robattr_fast.model import AUTOCAST
 
 NONFINITE = ("raise", "zero", "abstain")

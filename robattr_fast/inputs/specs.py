@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from robattr_fast import exported
 from robattr_fast.errors import ModelError
-from robattr_fast.images import Preprocess, centre_crop, to_tensor
+from robattr_fast.inputs.images import Preprocess, centre_crop, to_tensor
+from robattr_fast.model import exported
 
 
 class Model(NamedTuple):

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from robattr_fast import images, models
-from robattr_fast.certify import Certificate
-from robattr_fast.certify import certify as certify_images
-from robattr_fast.cli.errors import EXPECTED, one_line, report
-from robattr_fast.cli.progress import SampleProgress
-from robattr_fast.cli.results import Results, Row, label
-from robattr_fast.cli.resume import SAMPLING, Earlier, stop_rule
+from robattr_fast.certificates import Certificate, Progress
+from robattr_fast.certificates import certify as certify_images
 from robattr_fast.errors import CertifyInterrupted, NonFiniteError
+from robattr_fast.inputs import images, specs
+from robattr_fast.jobs.failures import EXPECTED, one_line
+from robattr_fast.jobs.record import CERTIFICATE
+from robattr_fast.jobs.results import Results, Row, label
+from robattr_fast.jobs.resume import SAMPLING, Earlier, stop_rule
 from robattr_fast.model import fingerprint
-from robattr_fast.runs import CERTIFICATE
 
 # Of one image, not of the run: the next image may do better.
 _IMAGE_FAILURES = (images.ImageError, NonFiniteError, OSError, torch.OutOfMemoryError)
@@ -38,13 +36,19 @@ class _Image:
 
 @dataclass
 class Run:
-    """One run; `go` certifies and writes its images."""
+    """One run; `go` certifies and writes its images.
+
+    ``report`` is told each failure, in one line. ``show`` is told which images (index in the run, name) are sampled
+    together and what they are to have; what it returns is the ``progress`` of `certify`.
+    """
 
     sources: list[images.Source]
-    model: models.Model
+    model: specs.Model
     settings: dict[str, Any]
     results: Results
     earlier: Earlier
+    report: Callable[[str], None]
+    show: Callable[..., bool | Callable[[Progress], None]]
     batches: dict[torch.Size, dict[str, Any]] = field(default_factory=dict)
     """Batch size and memory format that the first images of a shape were found to be fastest with."""
 
@@ -54,8 +58,7 @@ class Run:
 
     def go(self) -> bool:
         """Certify everything; whether Ctrl-C ended it."""
-        with SampleProgress(Console(stderr=True), len(self.sources)) as self.progress:
-            return any(self._certify(group) for group in self._groups())
+        return any(self._certify(group) for group in self._groups())
 
     def _groups(self) -> Iterator[list[_Image]]:
         """Neighbours of one shape that are sampled together."""
@@ -121,7 +124,7 @@ class Run:
     def _sample(self, group: list[_Image]) -> bool:
         first = group[0]
         checkpoint = self.earlier.checkpoint(first.source)
-        show = self.progress.images(
+        show = self.show(
             [(image.index, image.source.name) for image in group],
             self.settings["samples"],
             k_share=self.settings["k"],
@@ -165,7 +168,7 @@ class Run:
         message = one_line(error)
         for source in sources:
             self.results.fail(source.name, source.path, message)
-            report(message if str(source.path) in message else f"{source.path}: {message}")
+            self.report(message if str(source.path) in message else f"{source.path}: {message}")
 
 
 def _written(
@@ -177,7 +180,7 @@ def _written(
     *,
     drawn: bool,
 ) -> Row:
-    from robattr_fast import plots
+    from robattr_fast.report import picture
 
     name = image.source.name
     k = max(1, int(results.settings["k"] * cert.settings.n))
@@ -194,8 +197,8 @@ def _written(
     if drawn:
         return row
     title = f"{name}: {row.label.name if class_names else f'class {row.label.number}'}"
-    figure = plots.certificate_figure(image.x, cert, k=k, radii=results.radii, title=title)
+    figure = picture.certificate_figure(image.x, cert, k=k, radii=results.radii, title=title)
     # The certificate last: where it is finished, so is its picture.
-    plots.save(figure, results.folder / f"{name}.png")
+    picture.save(figure, results.folder / f"{name}.png")
     cert.save(results.folder / f"{name}{CERTIFICATE}")
     return row

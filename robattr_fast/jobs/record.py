@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from robattr_fast import images, model
+from robattr_fast import model
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.inputs import images
 
 MANIFEST, TABLE = "manifest.json", "certificates.tsv"
 CERTIFICATE, CHECKPOINT = ".safetensors", ".checkpoint"

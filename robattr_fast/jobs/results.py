@@ -14,12 +14,12 @@ import torch
 from rich.table import Table
 
 from robattr_fast import backends
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.files import write_atomically
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.files import write_atomically
+from robattr_fast.jobs.record import CERTIFICATE, MANIFEST, TABLE, Record
 from robattr_fast.machine import device_model, versions
-from robattr_fast.rounding import percent, radius, rounded_cosine
-from robattr_fast.runs import CERTIFICATE, MANIFEST, TABLE, Record
+from robattr_fast.report.rounding import percent, radius, rounded_cosine
 
 _STAR = "*"  # of a share that second moments certify
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from robattr_fast import images
-from robattr_fast.certify import Certificate, StopWhen
-from robattr_fast.cli.errors import warn
+from robattr_fast.certificates import Certificate, StopWhen
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.inputs import images
+from robattr_fast.jobs.record import CERTIFICATE, CHECKPOINT, Record, read_record
 from robattr_fast.model import input_hash
 from robattr_fast.ops import _check
-from robattr_fast.runs import CERTIFICATE, CHECKPOINT, Record, read_record
 
 SAMPLING = (
     "sigma",
@@ -48,8 +47,10 @@ def stop_rule(settings: dict[str, Any], n: int) -> StopWhen | None:
 class Earlier:
     """What the folder held before this run. ``fresh``: nothing of it counts."""
 
-    def __init__(self, folder: Path, sources: Sequence[images.Source], *, fresh: bool) -> None:
-        self._folder, self._fresh = folder, fresh
+    def __init__(
+        self, folder: Path, sources: Sequence[images.Source], *, fresh: bool, warn: Callable[[str], None]
+    ) -> None:
+        self._folder, self._fresh, self._warn = folder, fresh, warn
         # Read before this run writes its own manifest.
         self._records = {} if fresh else {source.name: read_record(self._file(source)) for source in sources}
         if fresh:
@@ -98,7 +99,9 @@ class Earlier:
             differ.append("keep_samples")
         if differ:
             samples = int(cert.samples[0])
-            warn(f"{self._file(source)} of {samples} samples is of another run ({', '.join(differ)}): it is replaced")
+            self._warn(
+                f"{self._file(source)} of {samples} samples is of another run ({', '.join(differ)}): it is replaced"
+            )
             return None
         if not cert.stopped_off_plan:
             return cert

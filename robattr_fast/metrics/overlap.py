@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from robattr_fast.certify.marginal import top_k
 from robattr_fast.ops import _check
+
+
+def top_k(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask of the k largest of the last dimension, bool [..., n]; ties go to the lowest index."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor, k: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from robattr_fast import model as _model
+from robattr_fast.model.gradient import input_gradient
+from robattr_fast.model.private import private_copy
 
 _logger = logging.getLogger("robattr_fast")
 
@@ -73,9 +74,9 @@ def fold_batchnorm(model: nn.Module, batch: torch.Tensor) -> tuple[nn.Module, bo
         _logger.info("BatchNorm is not folded: none is the only consumer of a convolution or linear layer")
         return model, False
     try:
-        exact = _fold(_model.private_copy(model).double(), pairs)
-        ours = _model.input_gradient(exact, batch.double(), None)
-        theirs = _model.input_gradient(_model.private_copy(model).double(), batch.double(), None)
+        exact = _fold(private_copy(model).double(), pairs)
+        ours = input_gradient(exact, batch.double(), None)
+        theirs = input_gradient(private_copy(model).double(), batch.double(), None)
     except Exception as error:  # whatever a layer that cannot be folded, or not in float64, raises
         _logger.info("BatchNorm is not folded: the models cannot be compared in float64 (%s)", error)
         return model, False
@@ -83,7 +84,7 @@ def fold_batchnorm(model: nn.Module, batch: torch.Tensor) -> tuple[nn.Module, bo
     if not difference <= _TOLERANCE:
         _logger.warning("BatchNorm is not folded: it changes the result by %.1e, over %.0e", difference, _TOLERANCE)
         return model, False
-    return _fold(_model.private_copy(model), pairs), True
+    return _fold(private_copy(model), pairs), True
 
 
 def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:

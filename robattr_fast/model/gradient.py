@@ -1,110 +1,19 @@
-"""The user's model made safe to explain: checked, copied, frozen. The user's own is never touched."""
+"""Logits, input gradients and scores of a batch, and whether they are a fixed function of each row."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from robattr_fast import exported
 from robattr_fast.errors import ModelError
 
 # callable(model, batch [N, *S], target [N] or None) -> scores [N, *S]
 Explanation = Callable[[nn.Module, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 EXPLANATIONS = ("gradient", "input_x_gradient")
-
-_CALLABLE = "callable:"
-
-
-def explanation_name(explain: str | Explanation) -> str:
-    """What a certificate records; a callable never has the name of a built-in method."""
-    if isinstance(explain, str):
-        return explain
-    module = getattr(explain, "__module__", None) or "?"
-    return f"{_CALLABLE}{module}.{getattr(explain, '__qualname__', f'<{type(explain).__name__}>')}"
-
-
-def is_identified(explanation: str | None) -> bool:
-    """Whether the name tells which method it was: lambdas, local functions and callable objects share theirs."""
-    return explanation is None or not (explanation.startswith(_CALLABLE) and "<" in explanation)
-
-
-def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
-    """A copy in eval mode that shares the parameters' memory, detached; buffers are its own.
-
-    ``frozen=False`` leaves gradients to those of its parameters that have them in the user's model.
-
-    A module that torch.export made always says that it is in training mode: of such a one the graph is judged.
-
-    Raises:
-        TypeError: not a Module. ModelError: training mode, or a model that cannot be copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
-    graphs = exported.graphs(model)
-    for name, graph in graphs.items():
-        exported.check_mode(name, graph)
-    for name, module in model.named_modules():
-        if module.training and not exported.contains(graphs, name):
-            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
-            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()}
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception as error:
-        raise ModelError(f"model: it cannot be copied ({error}); it is explained on a private copy") from error
-
-
-_OF_MODULES = vars(nn.Module()).keys()
-"""Attributes of every module: containers that are looked into by name, hooks, mode."""
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(_is_plain(item) for item in value)
-    if type(value) is dict:
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the architecture as printed, and of what its modules hold: tensors, and plain Python values.
-
-    Tensors by name, dtype, shape, bytes; numbers, strings and dtypes, also in lists, tuples and dicts, as printed.
-    """
-    digest = hashlib.sha256(repr(model).encode())
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, module in model.named_modules():
-        if isinstance(module, fx.GraphModule):  # printed, it names its parts and not what it does with them
-            digest.update(module.code.encode())
-        plain = {key: value for key, value in vars(module).items() if key not in _OF_MODULES and _is_plain(value)}
-        digest.update(f"{name} {sorted(plain.items())}".encode())
-        # Plain attributes too: torch.export keeps constants so.
-        tensors |= {f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def input_hash(x: torch.Tensor) -> str:
-    """SHA-256 of one image: dtype, shape, bytes."""
-    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
-    digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def batch_sizes(model: nn.Module) -> tuple[int, int | None]:
-    """(least, most) rows that one forward takes, as far as the model tells; most is None where nothing bounds it."""
-    ranges = [exported.batch_sizes(graph) for graph in exported.graphs(model).values()]
-    most = [high for _, high in ranges if high is not None]
-    return max((low for low, _ in ranges), default=1), min(most, default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

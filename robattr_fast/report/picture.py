@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from robattr_fast.certify.files import write_atomically
-from robattr_fast.certify.membership import membership
+from robattr_fast.certificates.theorems.membership import membership
+from robattr_fast.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from robattr_fast.certify.certificate import Certificate
+    from robattr_fast.certificates.certificate.certificate import Certificate
 
 OURS = "this certificate"
 MARGINAL = "element by element, same samples"

@@ -16,11 +16,11 @@ from torch import nn
 
 from robattr_fast import model as _model
 from robattr_fast.errors import ModelError
-from robattr_fast.folding import fold_batchnorm
+from robattr_fast.model.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
-from robattr_fast.step import Following, Segment, Step, can_capture
-from robattr_fast.trial import MEMORY_FORMATS, Way, fastest, seconds_of
+from robattr_fast.sampling.step import Following, Segment, Step, can_capture
+from robattr_fast.sampling.trial import MEMORY_FORMATS, Way, fastest, seconds_of
 
 _logger = logging.getLogger("robattr_fast")
 

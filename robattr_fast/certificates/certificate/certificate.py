@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from robattr_fast.certify import files, marginal
-from robattr_fast.certify.bounds import sample_mean
-from robattr_fast.certify.contents import check
-from robattr_fast.certify.evaluation import Evaluated
-from robattr_fast.certify.label import Prediction
-from robattr_fast.certify.merge import merge_settings
-from robattr_fast.certify.moments import Moments, Summary, no_summary
-from robattr_fast.certify.second_moment import SecondMoments
-from robattr_fast.certify.settings import Evaluation, Settings
+from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.certificate.contents import check
+from robattr_fast.certificates.certificate.evaluation import Evaluated
+from robattr_fast.certificates.certificate.merge import merge_settings
+from robattr_fast.certificates.moments.second_moment import SecondMoments
+from robattr_fast.certificates.moments.summary import Moments, Summary, no_summary
+from robattr_fast.certificates.settings import Evaluation, Settings
+from robattr_fast.certificates.theorems import marginal
+from robattr_fast.certificates.theorems.bounds import sample_mean
+from robattr_fast.certificates.theorems.label import Prediction
 from robattr_fast.errors import CertificateFileError, MergeError
+from robattr_fast.metrics.overlap import top_k
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
 
@@ -486,7 +488,7 @@ class Certificate:
     def _gaps(self, k: int) -> torch.Tensor:
         """Radii below which at least 1..k elements of the displayed top-k stay, float64 [B, k], best over slack."""
         if k not in self._gaps_by_k:
-            top = marginal.top_k(self.map.flatten(1), k)
+            top = top_k(self.map.flatten(1), k)
             gaps = [
                 marginal.sampled_gaps(*self._evaluated.bounds(m), top, k, self.settings.sigma, m)
                 for m in self._slacks(k)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from robattr_fast.certify.moments import DIRECTIONS, SUMMARY_COLUMNS, summary_of
-from robattr_fast.certify.settings import PER_IMAGE, Settings
+from robattr_fast.certificates.moments.summary import DIRECTIONS, SUMMARY_COLUMNS, summary_of
+from robattr_fast.certificates.settings import PER_IMAGE, Settings
 from robattr_fast.reference._pack_levels import packed_row_bytes
 
 DTYPES = {

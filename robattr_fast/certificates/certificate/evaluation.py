@@ -4,9 +4,9 @@ import functools
 
 import torch
 
-from robattr_fast.certify.bounds import marginal_bounds
-from robattr_fast.certify.label import Prediction, certify_label
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
+from robattr_fast.certificates.theorems.label import Prediction, certify_label
 
 
 class Evaluated:

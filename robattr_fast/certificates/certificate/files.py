@@ -6,8 +6,6 @@ The checksum detects damage, not forgery. Nothing in a file is executed.
 import hashlib
 import json
 import os
-import pathlib
-import secrets
 from typing import Any
 
 import safetensors
@@ -15,6 +13,7 @@ import safetensors.torch
 import torch
 
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.files import write_atomically
 
 FORMAT = "robattr-fast certificate 1"
 MAX_HEADER = 1_000_000
@@ -24,35 +23,6 @@ CHECKPOINT = "checkpoint."
 """Prefix of tensors that a checkpoint adds to the certificate so far; they are no part of the certificate."""
 
 _BLANK = "0" * 64
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Replaces the file at `path` by `data`, or leaves it as it was: a reader never sees a part.
-
-    Raises OSError if the folder is missing, not writable or full.
-    """
-    path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sweep(folder: str | os.PathLike) -> None:
-    """Removes what killed writers left in a folder that no other process is writing to."""
-    for part in pathlib.Path(folder).glob(".*.????????.tmp"):
-        part.unlink(missing_ok=True)
 
 
 def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from robattr_fast.certify.settings import SAME_MAP, Interval, Settings
+from robattr_fast.certificates.settings import SAME_MAP, Interval, Settings
 from robattr_fast.errors import MergeError
 from robattr_fast.model import is_identified
 

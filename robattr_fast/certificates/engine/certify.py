@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.arguments import check_autocast, check_explain, check_image_ids, check_images, check_target
-from robattr_fast.certify.bounds import check_bound
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.concentration import look_schedule
-from robattr_fast.certify.environment import environment
-from robattr_fast.certify.fused import LARGEST_BATCH, Fused, fused_sampling
-from robattr_fast.certify.interrupt import DeferredInterrupt
-from robattr_fast.certify.merge import joined
-from robattr_fast.certify.settings import Settings
-from robattr_fast.certify.state import State
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.certificate.merge import joined
+from robattr_fast.certificates.engine.environment import environment
+from robattr_fast.certificates.engine.fused import LARGEST_BATCH, Fused, fused_sampling
+from robattr_fast.certificates.engine.interrupt import DeferredInterrupt
+from robattr_fast.certificates.engine.state import State
+from robattr_fast.certificates.moments.concentration import look_schedule
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems.bounds import check_bound
 from robattr_fast.errors import CertifyInterrupted
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, Segment, next_batch
+from robattr_fast.sampling.arguments import check_autocast, check_explain, check_image_ids, check_images, check_target
+from robattr_fast.sampling.sampler import Sampler, Segment, next_batch
 
 _logger = logging.getLogger("robattr_fast")
 

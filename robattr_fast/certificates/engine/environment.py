@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from robattr_fast import backends
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.settings import Settings
 
 _OPERATORS = ("noisy_samples", "count_sparsified_")
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from robattr_fast.certify import files
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.concentration import block_rows, rows_in_blocks
-from robattr_fast.certify.fused import Fused
-from robattr_fast.certify.moments import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
-from robattr_fast.certify.settings import Settings
-from robattr_fast.certify.tally import NONE_INVALID, Sizes, Tally, add_maps, valid_rows
+from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.fused import Fused
+from robattr_fast.certificates.engine.tally import NONE_INVALID, Sizes, Tally, add_maps, valid_rows
+from robattr_fast.certificates.moments.concentration import block_rows, rows_in_blocks
+from robattr_fast.certificates.moments.summary import FEWEST_ROWS, Summary, grow_gram, no_summary, summary_of
+from robattr_fast.certificates.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.reference._pack_levels import packed_row_bytes
-from robattr_fast.sampling import Sampler, Scored, Segment
+from robattr_fast.sampling.sampler import Sampler, Scored, Segment
 
 
 def _waits(tensor: torch.Tensor) -> bool:

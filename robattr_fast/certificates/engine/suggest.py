@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.arguments import check_explain, check_image_ids, check_images, check_target
-from robattr_fast.certify.bounds import check_bound
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.concentration import (
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.state import State
+from robattr_fast.certificates.moments.concentration import (
     DEFLATED_SHARE,
     LAST_LOOK_SHARE,
     GramSummary,
@@ -24,15 +23,16 @@ from robattr_fast.certify.concentration import (
     summarize_gram,
     trace_estimate,
 )
-from robattr_fast.certify.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
-from robattr_fast.certify.eigenvalues import centred_gram
-from robattr_fast.certify.moments import no_summary
-from robattr_fast.certify.second_moment import SecondMoments, TopKCost
-from robattr_fast.certify.settings import Settings
-from robattr_fast.certify.state import State
+from robattr_fast.certificates.moments.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
+from robattr_fast.certificates.moments.eigenvalues import centred_gram
+from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKCost
+from robattr_fast.certificates.moments.summary import no_summary
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems.bounds import check_bound
 from robattr_fast.ops import _check
 from robattr_fast.ops.packed_gram import packed_gram
-from robattr_fast.sampling import Sampler, Segment
+from robattr_fast.sampling.arguments import check_explain, check_image_ids, check_images, check_target
+from robattr_fast.sampling.sampler import Sampler, Segment
 
 _LAST_SAMPLE = 2**32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from robattr_fast import model as _model
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.settings import Settings
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes

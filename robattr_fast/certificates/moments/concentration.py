@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robattr_fast.certify.eigenvalues import (
+from robattr_fast.certificates.moments.eigenvalues import (
     centred_gram,
     largest_eigenvalue,
     largest_eigenvalue_of_squares_,
     rounding_of,
 )
-from robattr_fast.certify.scatter import Scatter
+from robattr_fast.certificates.moments.scatter import Scatter
 
 FIRST_LOOK = 512
 #: How alpha is split between the four events of T7, before sampling.

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robattr_fast.certify.eigenvalues import (
+from robattr_fast.certificates.moments.eigenvalues import (
     centred_gram,
     largest_eigenvalue,
     largest_eigenvalue_of_squares_,
     rounding_of,
     top_eigenpairs,
 )
-from robattr_fast.certify.scatter import Scatter
+from robattr_fast.certificates.moments.scatter import Scatter
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._pack_levels import bits_per_element, pack_levels, unpack_levels
 

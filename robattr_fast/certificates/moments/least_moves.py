@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robattr_fast.certify.deflation import Deflation
+from robattr_fast.certificates.moments.deflation import Deflation
 
 _EPS = float(np.finfo(np.float64).eps)
 _INWARD = 1 - 1e-9

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robattr_fast.certify.concentration import (
+from robattr_fast.certificates.moments.concentration import (
     DEFLATED_SHARE,
     ERROR_SHARE,
     FROBENIUS_SHARE,
@@ -27,7 +27,7 @@ from robattr_fast.certify.concentration import (
     spectral_bound,
     trace_estimate,
 )
-from robattr_fast.certify.deflation import DeflatedSummary
+from robattr_fast.certificates.moments.deflation import DeflatedSummary
 
 _EPS = float(np.finfo(np.float64).eps)
 _INWARD = 1 - 1e-9

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from robattr_fast.certify.concentration import (
+from robattr_fast.certificates.moments.concentration import (
     GramSummary,
     block_rows,
     look_schedule,
@@ -14,17 +14,17 @@ from robattr_fast.certify.concentration import (
     rows_in_blocks,
     summarize_gram,
 )
-from robattr_fast.certify.deflation import (
+from robattr_fast.certificates.moments.deflation import (
     DIRECTIONS,
     DeflatedSummary,
     Deflation,
     pilot_rows,
     summarize_deflated,
 )
-from robattr_fast.certify.least_moves import DeflatedCost
-from robattr_fast.certify.scatter import Scatter
-from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.moments.least_moves import DeflatedCost
+from robattr_fast.certificates.moments.scatter import Scatter
+from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKCost, second_moments
+from robattr_fast.certificates.settings import Settings
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._select import selected
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.special import ndtri
 
-from robattr_fast.certify.bounds import marginal_bounds
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
 
 
 class Prediction(NamedTuple):

@@ -15,12 +15,6 @@ import torch
 from torch.special import ndtri
 
 
-def top_k(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask of the k largest of the last dimension, bool [..., n]; ties go to the lowest index."""
-    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
-
-
 def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..{n} for a map of {n} elements, got {k}")

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.consistency import implausible, mean_refuted
-from robattr_fast.certify.environment import differences
-from robattr_fast.certify.marginal import top_k
-from robattr_fast.certify.moments import Summary
-from robattr_fast.certify.state import State
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.environment import differences
+from robattr_fast.certificates.engine.state import State
+from robattr_fast.certificates.moments.summary import Summary
+from robattr_fast.certificates.verify.consistency import implausible, mean_refuted
+from robattr_fast.metrics.overlap import top_k
 from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, Segment, next_batch
+from robattr_fast.sampling.sampler import Sampler, Segment, next_batch
 
 FALSE_ALARM = 1e-3
 """Probability, over the choice of the replayed samples, that a true certificate is found at fault."""

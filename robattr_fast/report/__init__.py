@@ -1,0 +1,1 @@
+"""How certificates look: pictures, one page, words."""
