@@ -5,5 +5,6 @@ With ``create_graph=True`` each can be differentiated with respect to x and the 
 """
 
 from robattr_fast.attributions.gradient import gradient, input_x_gradient
+from robattr_fast.attributions.smoothgrad import smoothgrad
 
-__all__ = ["gradient", "input_x_gradient"]
+__all__ = ["gradient", "input_x_gradient", "smoothgrad"]

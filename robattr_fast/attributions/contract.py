@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
-from robattr_fast.arguments import check_images, check_target
 from robattr_fast.errors import ModelError
+from robattr_fast.sampling.arguments import check_images, check_target
 
 Target: TypeAlias = int | Sequence[int] | torch.Tensor | None
 

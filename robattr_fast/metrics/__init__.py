@@ -1,7 +1,7 @@
 """How alike two maps are: batches [B, *M] in, one float64 per image out. A constant or non-finite map gives NaN."""
 
-from robattr_fast.certify.overlap import overlap
 from robattr_fast.metrics.centre import centre, centre_shift
+from robattr_fast.metrics.overlap import overlap
 from robattr_fast.metrics.rank import average_ranks, kendall, spearman
 from robattr_fast.metrics.similarity import cosine, sensitivity, ssim
 from robattr_fast.metrics.summary import Statistic, statistic, summary

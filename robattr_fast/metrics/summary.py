@@ -8,9 +8,9 @@ from typing import NamedTuple
 import scipy.special
 import torch
 
-from robattr_fast.certify.overlap import overlap
 from robattr_fast.metrics.arguments import check_pair
 from robattr_fast.metrics.centre import centre_shift
+from robattr_fast.metrics.overlap import overlap
 from robattr_fast.metrics.rank import kendall, spearman
 from robattr_fast.metrics.similarity import cosine, sensitivity, ssim
 
