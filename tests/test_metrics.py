@@ -1,5 +1,6 @@
 """Metrics of two maps: equal to their peers, NaN where a map says nothing."""
 
+import functools
 import math
 import time
 
@@ -14,6 +15,7 @@ PAIRS = {
     "centre_shift": metrics.centre_shift,
     "cosine": metrics.cosine,
     "kendall": metrics.kendall,
+    "overlap": functools.partial(metrics.overlap, k=10),
     "sensitivity": metrics.sensitivity,
     "spearman": metrics.spearman,
     "ssim": metrics.ssim,
@@ -44,6 +46,37 @@ def test_cosine_is_that_of_torch(shape):
     expected = F.cosine_similarity(a.double().flatten(1), b.double().flatten(1))
     torch.testing.assert_close(metrics.cosine(a, b), expected)
     torch.testing.assert_close(metrics.cosine(a * 1e-30, b * 1e30), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_overlap_by_its_definition(shape):
+    a, b = with_ties(*shape), with_ties(*shape, seed=1)
+    for k in (1, 7, 30):
+        for x, y, value in zip(a.flatten(1), b.flatten(1), metrics.overlap(a, b, k).tolist(), strict=True):
+            first, second = ({*sorted(range(len(v)), key=lambda i, v=v: (-v[i], i))[:k]} for v in (x, y))
+            assert value == len(first & second) / k
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_near_misses_are_hits_within_a_window(window):
+    a, b, k = maps(2, 6, 9), maps(2, 6, 9, seed=1), 12
+    tops = [value.flatten(1).topk(k, dim=1).indices for value in (a, b)]
+    for first, second, value in zip(*tops, metrics.overlap(a, b, k, window=window).tolist(), strict=True):
+        places = [[(i // 54, i // 9 % 6, i % 9) for i in found.tolist()] for found in (first, second)]
+        hits = [
+            any(c == d and abs(row - y) <= window and abs(column - x) <= window for d, y, x in places[1])
+            for c, row, column in places[0]
+        ]
+        assert value == sum(hits) / k
+
+
+def test_a_shift_by_one_is_a_near_miss():
+    a = F.pad(maps(4, 5).abs() + 1, (2, 2, 2, 2))
+    b = a.roll(1, dims=-1)
+    assert (metrics.overlap(a, b, 10) < 1).all()
+    assert metrics.overlap(a, b, 10, window=1).tolist() == [1.0] * 4
+    flat = maps(40)
+    assert metrics.overlap(flat, flat.roll(1, dims=1), 5, window=1).min() >= 0.8  # one may roll over the end
 
 
 @pytest.mark.parametrize("make", [maps, with_ties])
@@ -189,7 +222,7 @@ def test_summary_averages_and_counts():
     a, b = maps(8, 8), maps(8, 8, seed=1)
     a[1] = 0.0
     found = metrics.summary(a, b, 10)
-    assert set(found) == {"overlap", *PAIRS}
+    assert set(found) == set(PAIRS)
     for name, function in PAIRS.items():
         known = [value for value in function(a, b).tolist() if not math.isnan(value)]
         assert (found[name].images, found[name].nan) == (3, 1)
