@@ -4,7 +4,17 @@ With ``create_graph=True`` each can be differentiated with respect to x and the 
 ``explain=`` of `robattr_fast.certify`. What else one takes are keywords: functools.partial sets them.
 """
 
+from robattr_fast.attributions.gradcam import grad_cam
 from robattr_fast.attributions.gradient import gradient, input_x_gradient
-from robattr_fast.attributions.smoothgrad import smoothgrad
+from robattr_fast.attributions.integrated import integrated_gradients
+from robattr_fast.attributions.magnitude import magnitude
+from robattr_fast.attributions.smoothed import smoothgrad
 
-__all__ = ["gradient", "input_x_gradient", "smoothgrad"]
+__all__ = [
+    "grad_cam",
+    "gradient",
+    "input_x_gradient",
+    "integrated_gradients",
+    "magnitude",
+    "smoothgrad",
+]

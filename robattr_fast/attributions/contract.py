@@ -28,15 +28,15 @@ def mapped(model: nn.Module, x: torch.Tensor, target: Target, create_graph: bool
     _model.check_mode(model)
     check_images(x)
     classes = check_target(target, x)
-    with _recording():
+    with recording():
         classes = None if classes is None else classes.clone()
         leaf = x if create_graph and x.requires_grad else x.detach().clone().requires_grad_()
         maps = rows(leaf, classes)
         return maps if create_graph else maps.detach()
 
 
-def _recording() -> AbstractContextManager:
-    """Gradients enabled, under torch.inference_mode too."""
+def recording() -> AbstractContextManager:
+    """Gradients enabled, under torch.inference_mode too; tensors that were made there must be copied inside."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
 
 

@@ -95,7 +95,10 @@ def input_gradient(
 def scores(
     model: nn.Module, batch: torch.Tensor, target: torch.Tensor | None, explain: str | Explanation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(attribution scores [N, *S], signed as they come, logits [N, classes]) of a batch by the method ``explain``."""
+    """(attribution scores, signed as they come, logits [N, classes]) of a batch [N, *S] by the method ``explain``.
+
+    Scores [N, *S], or of a callable [N, *S[1:]]: one per pixel, as if they were summed over channels.
+    """
     if explain == "gradient":
         return input_gradient(model, batch, target)
     if explain == "input_x_gradient":
@@ -105,10 +108,12 @@ def scores(
     with torch.no_grad():
         logits = forward(model, batch.clone())  # a model may write into its input
     attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
-    if not isinstance(attribution, torch.Tensor) or attribution.shape != batch.shape:
+    allowed = [batch.shape] if batch.dim() < 3 else [batch.shape, batch.shape[:1] + batch.shape[2:]]
+    if not isinstance(attribution, torch.Tensor) or attribution.shape not in allowed:
         got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__
+        pixels = "" if batch.dim() < 3 else f", or one per pixel, {tuple(allowed[1])}"
         raise ModelError(
-            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}"
+            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}{pixels}"
         )
     return attribution.detach(), logits
 
@@ -139,6 +144,6 @@ def check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float
     difference = float((once.double() - again.double()).nan_to_num().norm())
     if difference > half_digits * float(once.double().nan_to_num().norm()):
         raise ModelError(
-            f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
-            "takes a fixed function of each row"
+            f"explain: the callable gives one sample different scores from call to call, or from row to row "
+            f"of a batch (by {difference:.1e}); takes a fixed function of each row"
         )
