@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robattr_fast import model as _model
 from robattr_fast.errors import ModelError
@@ -22,16 +24,19 @@ Rows = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 def mapped(model: nn.Module, x: torch.Tensor, target: Target, create_graph: bool, rows: Rows) -> torch.Tensor:
     """``rows(x, target)`` of checked arguments, detached unless ``create_graph``. Gradients may be disabled around it.
 
-    With ``create_graph`` the maps carry their graph to x, where x requires gradients, and to the model's parameters;
-    without, x is a copy, so that a model that writes into its input does not reach the caller's.
+    With ``create_graph`` the maps carry their graph to x, where x requires gradients, and to the model's parameters,
+    and fused attention, which has no second derivative, runs as its formula. Without, x is a copy, so that a model that
+    writes into its input does not reach the caller's.
     """
     _model.check_mode(model)
     check_images(x)
     classes = check_target(target, x)
     with recording():
         classes = None if classes is None else classes.clone()
+        fused = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
         leaf = x if create_graph and x.requires_grad else x.detach().clone().requires_grad_()
-        maps = rows(leaf, classes)
+        with fused:
+            maps = rows(leaf, classes)
         return maps if create_graph else maps.detach()
 
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from robattr_fast import model as _model
 from robattr_fast.attributions.contract import Target, gradient_of, mapped
+from robattr_fast.attributions.resize import check_resize, resized
 from robattr_fast.errors import ModelError
 
 KINDS = ("grad-cam", "grad-cam++", "layer-cam")
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by number of spatial dimensions
 
 
 def grad_cam(
@@ -52,15 +52,14 @@ def grad_cam(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    if resize not in ("linear", "nearest", None):
-        raise ValueError(f"resize: got {resize!r}, expected 'linear', 'nearest' or None")
+    check_resize(resize)
 
     def rows(leaf: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
         with _recorded(model, layer) as outputs:
             logits = _model.forward(model, leaf)
         activation = _single(outputs, layer)
         space = activation.dim() - 2
-        if space != leaf.dim() - 2 or space not in _LINEAR:
+        if space != leaf.dim() - 2 or not 1 <= space <= 3:
             raise ModelError(
                 f"layer: {layer!r} gives shape {tuple(activation.shape)} for x of shape {tuple(leaf.shape)}, "
                 "expected [B, K, *s] with as many spatial dimensions, one to three"
@@ -68,11 +67,8 @@ def grad_cam(
         score = _model.selected_logits(logits, classes)
         (slope,) = gradient_of(score, [activation], create_graph, f"the layer {layer!r}")
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        maps = (_weights(kind, activation.to(dtype), slope.to(dtype)) * activation.to(dtype)).sum(dim=1, keepdim=True)
-        maps = F.relu(maps) if relu else maps
-        if resize is not None and maps.shape[2:] != leaf.shape[2:]:
-            maps = F.interpolate(maps, leaf.shape[2:], mode="nearest" if resize == "nearest" else _LINEAR[space])
-        return maps[:, 0]
+        maps = (_weights(kind, activation.to(dtype), slope.to(dtype)) * activation.to(dtype)).sum(dim=1)
+        return resized(F.relu(maps) if relu else maps, leaf.shape[2:], resize)
 
     return mapped(model, x, target, create_graph, rows)
 

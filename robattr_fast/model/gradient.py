@@ -54,6 +54,11 @@ def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
             raise
         shape = tuple(batch.shape)
         raise ModelError(f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}") from error
+    return checked_logits(logits, batch)
+
+
+def checked_logits(logits: object, batch: torch.Tensor) -> torch.Tensor:
+    """What a model returned for a batch [N, *S], if it is floating-point logits [N, classes]; else ModelError."""
     if not isinstance(logits, torch.Tensor):
         raise ModelError(f"model: it returned {type(logits).__name__}, takes a model that returns one tensor of logits")
     if logits.dim() != 2 or logits.shape[0] != batch.shape[0]:
