@@ -280,19 +280,40 @@ def test_other_tokens_and_grids():
         attributions.rollout(model_of("torch").train(), images())
 
 
+class Tokens(nn.Module):
+    """Attention among so many tokens, whatever the image."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.rand(1, tokens, 4))
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.tokens * x.flatten(1).mean(dim=1)[:, None, None]
+        return self.attention(tokens, tokens, tokens)[0]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "size", "expected"),
+    ("tokens", "size", "expected", "others"),
     [
-        (197, (224, 224), ((14, 14), 1)),
-        (201, (224, 224), ((14, 14), 5)),
-        (196, (224, 224), ((14, 14), 0)),
-        (1 + 12 * 9, (192, 144), ((12, 9), 1)),
-        (11, (40,), ((10,), 1)),
+        (197, (224, 224), (14, 14), 1),
+        (201, (224, 224), (14, 14), 5),
+        (196, (224, 224), (14, 14), 0),
+        (1 + 12 * 9, (192, 144), (12, 9), 1),
+        (11, (40,), (10,), 1),
     ],
 )
-def test_square_patches_are_found(tokens, size, expected):
-    from robattr_fast.attributions.attention import _patches
+def test_square_patches_are_found(tokens, size, expected, others):
+    model, x = Tokens(tokens).eval(), torch.rand(1, 3, *size)
+    found = attributions.attention(model, x, resize=None)
+    assert found.shape == (1, *expected)
+    pairs = attention_maps(model, x)["attention"].detach().mean(1)
+    row = pairs[:, 0] if others else pairs.mean(1)
+    torch.testing.assert_close(found.flatten(1), row[:, others:])
 
-    assert _patches(tokens, size, None) == expected
+
+def test_patches_that_are_not_square_are_to_be_told():
+    model, x = Tokens(100).eval(), torch.rand(1, 3, 7, 11)
     with pytest.raises(ValueError, match="grid: got None, but 100 tokens"):
-        _patches(100, (7, 11), None)
+        attributions.attention(model, x)
+    assert attributions.attention(model, x, grid=(9, 11)).shape == (1, 7, 11)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import scipy.stats
 import torch
 
 from robattr_fast.metrics.arguments import check_pair, varies, where_both_vary
@@ -39,6 +38,8 @@ def kendall(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Pairs that are equal in one of the maps count in neither direction and shorten the scale, as there are many where a
     map has zeros. O(n log n), on the CPU. NaN where a map is constant or not finite.
     """
+    import scipy.stats  # takes as long to import as all of torch
+
     check_pair(a, b)
     value = torch.full((len(a),), torch.nan, dtype=torch.float64)
     for image in (varies(a) & varies(b)).nonzero().flatten().tolist():
