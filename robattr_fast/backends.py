@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -166,12 +166,19 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str
     raise BackendError(f"{operator}: no backend runs on device {device} with dtype {dtype}")
 
 
-def call(operator: str, tensor: torch.Tensor, *args, **kwargs):
-    """Run ``operator`` on the backend chosen for ``tensor``, which is its first argument."""
+def subject(args: Iterable[object]) -> torch.Tensor:
+    """The tensor whose device and dtype choose the backend: the first floating-point one, else the first."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return next((x for x in tensors if x.is_floating_point()), tensors[0])
+
+
+def call(operator: str, *args, **kwargs):
+    """Run ``operator`` on the backend chosen for its `subject`."""
+    tensor = subject(args)
     run = choose(operator, tensor.device, tensor.dtype)[1]
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device_of(tensor):
-        return run(tensor, *args, **kwargs)
+        return run(*args, **kwargs)
 
 
 @dataclass(frozen=True)
