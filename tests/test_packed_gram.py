@@ -7,7 +7,7 @@ import torch
 from _operators import INTERPRETED, LONG_ROW, backend
 
 from robattr_fast import _extension
-from robattr_fast.certify.moments import grow_gram
+from robattr_fast.certificates.moments.summary import grow_gram
 from robattr_fast.ops import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
 
