@@ -14,9 +14,8 @@ import torch
 from mpmath import mp, mpf
 
 from robattr_fast import Certificate
-from robattr_fast.certify import marginal
-from robattr_fast.certify.bounds import marginal_bounds
-from robattr_fast.certify.concentration import (
+from robattr_fast.certificates.ledger import AlphaLedger
+from robattr_fast.certificates.moments.concentration import (
     GramSummary,
     error_bound,
     frobenius_bound,
@@ -24,11 +23,12 @@ from robattr_fast.certify.concentration import (
     spectral_bound,
     summarize_gram,
 )
-from robattr_fast.certify.deflation import DeflatedSummary
-from robattr_fast.certify.label import certify_label
-from robattr_fast.certify.ledger import AlphaLedger
-from robattr_fast.certify.membership import membership
-from robattr_fast.certify.second_moment import SecondMoments, second_moments
+from robattr_fast.certificates.moments.deflation import DeflatedSummary
+from robattr_fast.certificates.moments.second_moment import SecondMoments, second_moments
+from robattr_fast.certificates.theorems import marginal
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
+from robattr_fast.certificates.theorems.label import certify_label
+from robattr_fast.certificates.theorems.membership import membership
 
 # Roots are searched to 1e-9 and enlarged by as much; where they depend weakly on an inequality a little more is lost.
 TIGHT = 2e-8
