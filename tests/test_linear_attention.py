@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from _operators import DTYPES, INTERPRETED, backend, needs_extension
+from _operators import DTYPES, INTERPRETED, at_isa, backend, every_isa, needs_extension
 
 import robattr_fast as rf
 from robattr_fast.reference.linear_attention import FEATURE_MAPS, features
@@ -367,34 +367,13 @@ def test_bits_do_not_depend_on_threads(n, causal):
             assert torch.equal(other[name], found[0][name]), name
 
 
-_ISA_PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_linear_attention import arguments, check_accuracy, mask_of
-import torch, robattr_fast as rf
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    given = arguments(2, 2, 70, 70, 24, 20, dtype)
     for causal in (False, True):
-        given = arguments(2, 2, 70, 70, 24, 20, dtype)
-        with rf.backends.use("cpu", strict=True):
+        with at_isa(isa):
             check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, 70))
-"""
-
-
-@pytest.mark.skipif(INTERPRETED, reason="instruction sets of the C++ kernels")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    needs_extension()
-    done = subprocess.run(
-        [sys.executable, "-c", _ISA_PROGRAM, os.path.dirname(__file__)],
-        env=os.environ | {"ROBATTR_FAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if f"got {isa}, this CPU has" in done.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert done.returncode == 0, done.stderr
 
 
 _MEMORY_PROGRAM = """
