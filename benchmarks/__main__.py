@@ -5,7 +5,7 @@
 
 import sys
 
-from robattr_fast.bench.render import main as render
+from benchmarks.render import main as render
 from robattr_fast.cli.app import app
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_entries import ENTRIES
 from robattr_fast import build
 from robattr_fast.bench import records
 from robattr_fast.bench.context import Context
-from robattr_fast.bench.gpu_entries import ENTRIES
 from robattr_fast.bench.run import run
 from robattr_fast.machine import versions
 

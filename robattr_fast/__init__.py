@@ -1,8 +1,8 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
 from robattr_fast import backends, nn, reference
-from robattr_fast.allocator import tune_allocator
-from robattr_fast.certify import Certificate, Progress, StopWhen, Suggestion, certify, overlap, suggest
+from robattr_fast.attributions.smoothgrad import smoothgrad
+from robattr_fast.certificates import Certificate, Progress, StopWhen, Suggestion, certify, suggest
 from robattr_fast.errors import (
     BackendError,
     CertificateFileError,
@@ -11,6 +11,8 @@ from robattr_fast.errors import (
     ModelError,
     NonFiniteError,
 )
+from robattr_fast.machine import tune_allocator
+from robattr_fast.metrics import overlap
 from robattr_fast.ops import (
     betting_bounds,
     count_sparsified_,
@@ -22,7 +24,6 @@ from robattr_fast.ops import (
     sparsify,
     topk_threshold,
 )
-from robattr_fast.smoothgrad import smoothgrad
 
 __all__ = [
     "BackendError",

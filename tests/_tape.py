@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import robattr_fast as rf
-from robattr_fast import sampling, step
 from robattr_fast.ops.noisy_samples import fill
+from robattr_fast.sampling import sampler as sampling
+from robattr_fast.sampling import step
 
 # What a captured step counts, on the tape and on a GPU.
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 130, "batch_size": 32}

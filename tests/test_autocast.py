@@ -10,10 +10,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import robattr_fast as rf
-from robattr_fast import perceptron, sampling
-from robattr_fast.certify import engine
-from robattr_fast.certify.replay import replay
+from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.verify.replay import replay
 from robattr_fast.cli.app import app
+from robattr_fast.model import perceptron
+from robattr_fast.sampling import sampler as sampling
 
 X = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 RUN = {"sigma": 0.3, "samples": 64, "batch_size": 8, "retain": 32}

@@ -14,14 +14,16 @@ import torch
 from typer.testing import CliRunner
 
 import robattr_fast as rf
-from robattr_fast import images, machine
-from robattr_fast.bench import base, certificates, records, registry, render, run
+from benchmarks import render
+from robattr_fast import machine
+from robattr_fast.bench import base, certificates, records, registry, run
 from robattr_fast.bench.context import Base, Context
 from robattr_fast.bench.measure import OURS, interleave, limit, ratio, spread
 from robattr_fast.bench.process import HERE, Process, SideError
 from robattr_fast.bench.table import table
 from robattr_fast.bench.worker import load, load_sides
 from robattr_fast.cli.app import app
+from robattr_fast.inputs import images
 
 SIDES, GATES = load_sides()
 CHECKOUT = (HERE / "benchmarks" / "__main__.py").exists() and records.git("rev-parse", "HEAD") is not None

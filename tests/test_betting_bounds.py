@@ -10,7 +10,7 @@ from mpmath import mp, mpf
 from scipy.stats import binom
 
 from robattr_fast import backends, betting_bounds
-from robattr_fast.certify.bounds import marginal_bounds
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
 from robattr_fast.reference.betting_bounds import betting_shares, log_wealth
 
 __all__ = ["backend"]

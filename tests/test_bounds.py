@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import beta, binom
 
-from robattr_fast.certify.bounds import BOUNDS, marginal_bounds, sample_mean
+from robattr_fast.certificates.theorems.bounds import BOUNDS, marginal_bounds, sample_mean
 
 
 def all_counts(samples: int) -> torch.Tensor:

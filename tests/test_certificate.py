@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from robattr_fast.certify.bounds import marginal_bounds
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.ledger import AlphaLedger
-from robattr_fast.certify.second_moment import TopKCost
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.ledger import AlphaLedger
+from robattr_fast.certificates.moments.second_moment import TopKCost
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
 from robattr_fast.errors import MergeError
 
 SHAPE = (2, 5, 4)

@@ -14,9 +14,11 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast import sampling
-from robattr_fast.certify import Overlap, engine, files
-from robattr_fast.certify.concentration import GramSummary, summarize_gram
+from robattr_fast.certificates import Overlap
+from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram
+from robattr_fast.sampling import sampler as sampling
 
 
 def images(count: int = 2) -> torch.Tensor:

@@ -16,12 +16,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from robattr_fast import BackendError, Certificate, Progress, backends, images, machine
-from robattr_fast.certify import certify
+from robattr_fast import BackendError, Certificate, Progress, backends, machine
+from robattr_fast.certificates import certify
 from robattr_fast.cli import app as cli_app
 from robattr_fast.cli import certify as cli_certify
-from robattr_fast.cli import results
 from robattr_fast.cli.progress import SampleProgress
+from robattr_fast.inputs import images
+from robattr_fast.jobs import results
 
 MODELS = """
 import torch
@@ -290,7 +291,7 @@ def no_work(*arguments, **options):
 @pytest.mark.parametrize("out", ["photo.png", "photo.png/below", "/proc/robattr"])
 @pytest.mark.usefixtures("folder")
 def test_output_folder_that_cannot_be_made(out, monkeypatch):
-    monkeypatch.setattr(cli_certify.models, "load", no_work)
+    monkeypatch.setattr(cli_certify.specs, "load", no_work)
     refused(run("photo.png", "--out", out), f"out: cannot write to {out}")
 
 
@@ -302,7 +303,7 @@ def test_inputs_are_never_overwritten(folder):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder; /proc stands for it above")
 def test_read_only_output_folder(folder, monkeypatch):
-    monkeypatch.setattr(cli_certify.models, "load", no_work)
+    monkeypatch.setattr(cli_certify.specs, "load", no_work)
     (folder / "locked").mkdir(mode=0o500)
     refused(run("photo.png", "--out", "locked"), "out: cannot write to locked")
 

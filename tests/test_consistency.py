@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, hypergeom
 
-from robattr_fast.certify.consistency import implausible, mean_refuted
+from robattr_fast.certificates.verify.consistency import implausible, mean_refuted
 
 
 def test_tails_of_one_count():

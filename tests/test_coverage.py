@@ -12,7 +12,8 @@ import torch
 from scipy.stats import binom, norm
 
 from robattr_fast import Certificate
-from robattr_fast.certify import marginal
+from robattr_fast.certificates.theorems import marginal
+from robattr_fast.metrics.overlap import top_k
 
 RUNS, N, K, SIGMA, ALPHA = 2000, 40, 12, 0.5, 0.3
 ALLOWED = binom.ppf(0.9999, RUNS, ALPHA)
@@ -48,7 +49,7 @@ def growing(levels: int, looks: int, step: int, **options) -> Iterator[Certifica
 def false_statements(certificate: Certificate, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """By kind of statement, the runs [RUNS] in which one is false."""
     # Overlap: the population's own staircase, of the same displayed set, is the most that any procedure may claim.
-    top = marginal.top_k(certificate.map, K)
+    top = top_k(certificate.map, K)
     exact = values.expand(RUNS, -1).contiguous()
     limits = marginal.sampled_gaps(exact, exact, top, K, SIGMA)
     radii = [float(certificate.radius(K, share).max()) for share in (0.25, 0.5, 0.75, 1.0)]

@@ -11,10 +11,11 @@ from _tape import CASES, COMMON
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast import backends, doctor, sampling
-from robattr_fast.certify.state import Retained, State
+from robattr_fast import backends, doctor
+from robattr_fast.certificates.engine.state import Retained, State
 from robattr_fast.nn import KernelAttention
-from robattr_fast.sampling import Sampler
+from robattr_fast.sampling import sampler as sampling
+from robattr_fast.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
 

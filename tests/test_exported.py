@@ -8,8 +8,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import robattr_fast as rf
-from robattr_fast import exported, images, models
 from robattr_fast import model as rf_model
+from robattr_fast.inputs import images, specs
+from robattr_fast.model import exported
 
 X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 20}
@@ -159,37 +160,37 @@ def saved(path, model, *, size=(12, 12), dynamic=None):
 
 def test_a_file_is_its_module(tmp_path):
     spec = saved(tmp_path / "model.pt2", small_cnn())
-    loaded = models.load(spec)
+    loaded = specs.load(spec)
     certificate = rf.certify(loaded.module, X, **COMMON)
     assert certificate.settings.batch_size == 2
-    assert torch.equal(certificate.counts, rf.certify(models.load(spec).module, X, **COMMON).counts)
+    assert torch.equal(certificate.counts, rf.certify(specs.load(spec).module, X, **COMMON).counts)
     here = rf.certify(export(small_cnn(), 2), X, **COMMON)
     assert torch.equal(certificate.counts, here.counts)
     assert (
         certificate.settings.model_fingerprint
-        == rf.certify(models.load(spec).module, X, **COMMON).settings.model_fingerprint
+        == rf.certify(specs.load(spec).module, X, **COMMON).settings.model_fingerprint
     )
 
 
 def test_images_are_cropped_to_the_size_that_the_graph_takes(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="Pillow is optional").new("RGB", (40, 30))
     convolution = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    square = models.load(saved(tmp_path / "square.pt2", convolution))
+    square = specs.load(saved(tmp_path / "square.pt2", convolution))
     assert square.preprocess(image).shape == (3, 12, 12)
-    assert models.load(saved(tmp_path / "wide.pt2", convolution, size=(12, 14))).preprocess is images.to_tensor
+    assert specs.load(saved(tmp_path / "wide.pt2", convolution, size=(12, 14))).preprocess is images.to_tensor
     any_size = saved(tmp_path / "any.pt2", convolution, dynamic=({2: Dim.AUTO, 3: Dim.AUTO},))
-    assert models.load(any_size).preprocess is images.to_tensor
+    assert specs.load(any_size).preprocess is images.to_tensor
 
 
 def test_files_that_are_no_exported_module(tmp_path):
     with pytest.raises(rf.ModelError, match="no such file"):
-        models.load(str(tmp_path / "missing.pt2"))
+        specs.load(str(tmp_path / "missing.pt2"))
     (tmp_path / "text.pt2").write_text("not a program")
     with pytest.raises(rf.ModelError, match=r"not a file written by torch\.export\.save"):
-        models.load(str(tmp_path / "text.pt2"))
+        specs.load(str(tmp_path / "text.pt2"))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pt2")
     with pytest.raises(rf.ModelError, match=r"torch\.export\.load failed"):
-        models.load(str(tmp_path / "weights.pt2"))
+        specs.load(str(tmp_path / "weights.pt2"))
 
 
 def test_traced_modules_keep_their_flag():

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from robattr_fast.certify import files
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.settings import Evaluation, Settings
+from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError
 
 SETTINGS = Settings(

@@ -7,8 +7,8 @@ import torch
 from models import small_cnn
 from torch import nn
 
-from robattr_fast.folding import fold_batchnorm
 from robattr_fast.model import input_gradient, private_copy
+from robattr_fast.model.folding import fold_batchnorm
 
 
 def with_statistics(model: nn.Module) -> nn.Module:

@@ -11,11 +11,11 @@ import torch
 from _operators import moved
 
 import robattr_fast as rf
+from benchmarks.gpu_entries import ENTRIES
+from benchmarks.render import chosen
 from robattr_fast.bench import records
 from robattr_fast.bench.context import Context
-from robattr_fast.bench.gpu_entries import ENTRIES
 from robattr_fast.bench.measure import OURS
-from robattr_fast.bench.render import chosen
 from robattr_fast.bench.run import run_entry
 from robattr_fast.bench.worker import load_sides
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robattr_fast import images
+from robattr_fast.inputs import images
 
 
 @pytest.fixture

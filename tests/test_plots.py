@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from robattr_fast import plots
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.certificate import METHODS
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.certificate.certificate import METHODS
+from robattr_fast.report import picture
 
 K = 20
 
@@ -27,8 +27,8 @@ def lines(figure, panel=-1):
 @pytest.mark.parametrize("shape", [(3, 8, 9), (8, 9), (1, 8, 9)])
 def test_figure_is_a_png_of_paper_width(tmp_path, shape):
     image = torch.rand(3 if shape[0] == 8 else shape[0], 8, 9)
-    figure = plots.certificate_figure(image, certificate(shape), k=K, radii=[0.01, 0.1], title="a title")
-    plots.save(figure, tmp_path / "a.png")
+    figure = picture.certificate_figure(image, certificate(shape), k=K, radii=[0.01, 0.1], title="a title")
+    picture.save(figure, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.size == (1600, 510)
         assert np.asarray(drawn.convert("L")).std() > 20
@@ -36,15 +36,15 @@ def test_figure_is_a_png_of_paper_width(tmp_path, shape):
 
 def test_curves_are_those_of_the_certificate():
     cert = certificate()
-    figure = plots.certificate_figure(torch.rand(3, 8, 9), cert, k=K, radii=[0.02, 0.1])
+    figure = picture.certificate_figure(torch.rand(3, 8, 9), cert, k=K, radii=[0.02, 0.1])
     (panel,) = (index for index, axes in enumerate(figure.axes) if "radius" in axes.get_xlabel())
     drawn = lines(figure, panel)
-    for label, source in ((plots.OURS, cert), (plots.PUBLISHED, cert.with_bounds(bound="hoeffding", slack=0))):
+    for label, source in ((picture.OURS, cert), (picture.PUBLISHED, cert.with_bounds(bound="hoeffding", slack=0))):
         radii, percent = drawn[label].get_data()
         assert radii[0] == 0
         assert radii[-1] >= 0.1
         np.testing.assert_allclose(percent, 100 * source.overlap(K, radii.tolist()).share[:, 0].numpy())
-    assert (drawn[plots.OURS].get_ydata() > drawn[plots.PUBLISHED].get_ydata()).any()
+    assert (drawn[picture.OURS].get_ydata() > drawn[picture.PUBLISHED].get_ydata()).any()
 
 
 def with_second_moments(n=360, samples=600, k_tau=36):
@@ -60,20 +60,20 @@ def with_second_moments(n=360, samples=600, k_tau=36):
 def test_every_method_has_its_curve():
     cert = with_second_moments()
     grid, marked = np.linspace(0, 0.4, 9).tolist(), [0.1, 0.2]
-    curves = plots.overlap_curves(cert, 36, grid, marked)
-    assert list(curves) == [plots.OURS, plots.MARGINAL, plots.PUBLISHED]
+    curves = picture.overlap_curves(cert, 36, grid, marked)
+    assert list(curves) == [picture.OURS, picture.MARGINAL, picture.PUBLISHED]
     shares = {method: cert.overlap(36, grid, method).share[:, 0].numpy() for method in METHODS}
-    np.testing.assert_array_equal(curves[plots.MARGINAL], shares["marginal"])
-    assert (curves[plots.OURS] <= shares["best"]).all()
-    assert (curves[plots.OURS] >= np.maximum(shares["marginal"], shares["second-moment"])).all()
+    np.testing.assert_array_equal(curves[picture.MARGINAL], shares["marginal"])
+    assert (curves[picture.OURS] <= shares["best"]).all()
+    assert (curves[picture.OURS] >= np.maximum(shares["marginal"], shares["second-moment"])).all()
     at = [grid.index(radius) for radius in marked]
-    np.testing.assert_array_equal(curves[plots.OURS][at], shares["best"][at])
+    np.testing.assert_array_equal(curves[picture.OURS][at], shares["best"][at])
     assert (shares["best"] > shares["marginal"]).any()
 
 
 def test_figure_tells_the_cosine():
     cert = with_second_moments()
-    figure = plots.certificate_figure(torch.rand(3, 12, 10), cert, k=36, radii=[0.02, 0.1])
+    figure = picture.certificate_figure(torch.rand(3, 12, 10), cert, k=36, radii=[0.02, 0.1])
     (caption,) = (text.get_text() for text in figure.texts if "samples" in text.get_text())
     assert f"at radius 0.1: at least {np.floor(1000 * float(cert.cosine(0.1))) / 1000:.3f}" in caption
     assert float(cert.cosine(0.1)) > 0.1
@@ -81,33 +81,33 @@ def test_figure_tells_the_cosine():
 
 def test_published_procedure_alone_has_one_curve():
     cert = certificate(bound="hoeffding", slack=0)
-    assert list(plots.overlap_curves(cert, K, [0.0, 0.1])) == [plots.OURS]
+    assert list(picture.overlap_curves(cert, K, [0.0, 0.1])) == [picture.OURS]
 
 
 def test_radius_grid_reaches_what_is_marked_and_where_the_certificate_fades():
     cert = certificate()
     fade = float(cert.radius(K, 0.02)[0])
     assert fade > 0.01
-    assert plots.radius_grid(cert, K, [0.01])[-1] >= fade
-    assert plots.radius_grid(cert, K, [10 * fade])[-1] >= 10 * fade
+    assert picture.radius_grid(cert, K, [0.01])[-1] >= fade
+    assert picture.radius_grid(cert, K, [10 * fade])[-1] >= 10 * fade
 
 
 def test_signed_radius_of_a_pixel_is_in_if_a_channel_is_and_out_if_all_are():
     stays_in = torch.tensor([[[0.0, 0.3, 0.0]], [[0.2, 0.0, 0.0]]])
     stays_out = torch.tensor([[[0.0, 0.0, 0.5]], [[0.0, 0.4, 0.1]]])
-    np.testing.assert_allclose(plots.signed_radius(stays_in, stays_out), [[0.2, 0.3, -0.1]])
+    np.testing.assert_allclose(picture.signed_radius(stays_in, stays_out), [[0.2, 0.3, -0.1]])
 
 
 def test_display_map_clips_and_scales():
     values = torch.zeros(2, 10, 10, dtype=torch.float64)
     values[:, 0, 0] = 1000.0
     values[:, 1:6] = 1.0
-    shown = plots.display_map(values, percentile=90)
+    shown = picture.display_map(values, percentile=90)
     assert shown[0, 0] == 1
     assert shown[3, 3] == 1
     assert shown[8, 8] == 0
-    assert np.isfinite(plots.display_map(torch.zeros(4, 4))).all()
-    assert plots.display_map(torch.eye(40))[0, 0] == 1
+    assert np.isfinite(picture.display_map(torch.zeros(4, 4))).all()
+    assert picture.display_map(torch.eye(40))[0, 0] == 1
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_display_map_clips_and_scales():
 )
 def test_bad_arguments(image, cert, radii, message):
     with pytest.raises(ValueError, match=message):
-        plots.certificate_figure(image, cert, k=K, radii=radii)
+        picture.certificate_figure(image, cert, k=K, radii=radii)
 
 
 def test_a_certificate_of_nothing_can_be_drawn(tmp_path):
     cert = certificate(samples=1)
-    plots.save(plots.certificate_figure(torch.zeros(3, 8, 9), cert, k=K, radii=[0.0]), tmp_path / "void.png")
+    picture.save(picture.certificate_figure(torch.zeros(3, 8, 9), cert, k=K, radii=[0.0]), tmp_path / "void.png")

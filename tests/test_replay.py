@@ -7,10 +7,10 @@ import pytest
 import torch
 from models import small_cnn
 
-from robattr_fast.certify import Certificate, certify
-from robattr_fast.certify import replay as module
-from robattr_fast.certify.replay import FALSE_ALARM, replay
-from robattr_fast.sampling import Sampler
+from robattr_fast.certificates import Certificate, certify
+from robattr_fast.certificates.verify import replay as module
+from robattr_fast.certificates.verify.replay import FALSE_ALARM, replay
+from robattr_fast.sampling.sampler import Sampler
 
 SAMPLES, BATCH = 300, 13  # rows of a batch of 13 round differently: samples must go back to their own
 

@@ -14,10 +14,11 @@ import torch
 from _photos import write_photos
 from typer.testing import CliRunner
 
-from robattr_fast import Certificate, rounding
-from robattr_fast.certify.membership import membership
+from robattr_fast import Certificate
+from robattr_fast.certificates.theorems.membership import membership
 from robattr_fast.cli.app import app
-from robattr_fast.report import SHARES, Entry, entry, page
+from robattr_fast.report import entry, rounding
+from robattr_fast.report.page import SHARES, Entry, page
 
 RADII = (0.01, 0.03, 0.06)
 

@@ -16,9 +16,10 @@ from _photos import write_photos
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from robattr_fast import Certificate, plots
-from robattr_fast.certify import engine
+from robattr_fast import Certificate
+from robattr_fast.certificates.engine import certify as engine
 from robattr_fast.cli.app import app
+from robattr_fast.report import picture
 
 IMAGES = 3
 
@@ -29,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     write_photos(tmp_path / "photos", IMAGES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(plots, "certificate_figure", plain_figure)
+    monkeypatch.setattr(picture, "certificate_figure", plain_figure)
     return tmp_path
 
 
@@ -64,8 +65,8 @@ KILLED = textwrap.dedent("""
     # Imports once, then forks a run of the command again and again and kills it at random times.
     import os, random, shutil, signal, sys, time
     import matplotlib.figure, scipy.stats, torch
-    from robattr_fast import plots
-    from robattr_fast.certify import engine
+    from robattr_fast.certificates.engine import certify as engine
+    from robattr_fast.report import picture
     from robattr_fast.cli.app import app
 
     def start():

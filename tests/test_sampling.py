@@ -10,9 +10,11 @@ from models import Elementwise, small_cnn
 from torch import nn
 
 import robattr_fast as rf
-from robattr_fast import sampling, trial
-from robattr_fast.certify import Overlap, engine
-from robattr_fast.certify.replay import replay
+from robattr_fast.certificates import Overlap
+from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.verify.replay import replay
+from robattr_fast.sampling import sampler as sampling
+from robattr_fast.sampling import trial
 
 X = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(3))
 COMMON = {"sigma": 0.3, "tau": 0.2, "samples": 300}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import robattr_fast as rf
-from robattr_fast.certify.concentration import GramSummary, summarize_gram
-from robattr_fast.certify.deflation import Deflation, summarize_deflated
-from robattr_fast.certify.eigenvalues import largest_eigenvalue
-from robattr_fast.certify.moments import Summary
-from robattr_fast.certify.scatter import Scatter
+from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram
+from robattr_fast.certificates.moments.deflation import Deflation, summarize_deflated
+from robattr_fast.certificates.moments.eigenvalues import largest_eigenvalue
+from robattr_fast.certificates.moments.scatter import Scatter
+from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.cli.checks import sample_faults
 from robattr_fast.reference import pack_levels, packed_gram
 

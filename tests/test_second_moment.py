@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from scipy.stats import binom
 from scipy.stats import norm as normal
 
-from robattr_fast.certify.concentration import (
+from robattr_fast.certificates.moments.concentration import (
     GramSummary,
     error_bound,
     frobenius_bound,
@@ -23,11 +23,11 @@ from robattr_fast.certify.concentration import (
     summarize_gram,
     trace_estimate,
 )
-from robattr_fast.certify.deflation import DeflatedSummary, Deflation, summarize_deflated
-from robattr_fast.certify.eigenvalues import largest_eigenvalue, largest_eigenvalue_of_squares_
-from robattr_fast.certify.least_moves import DeflatedCost, least_costs
-from robattr_fast.certify.moments import Summary
-from robattr_fast.certify.second_moment import SecondMoments, TopKCost, second_moments
+from robattr_fast.certificates.moments.deflation import DeflatedSummary, Deflation, summarize_deflated
+from robattr_fast.certificates.moments.eigenvalues import largest_eigenvalue, largest_eigenvalue_of_squares_
+from robattr_fast.certificates.moments.least_moves import DeflatedCost, least_costs
+from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKCost, second_moments
+from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.reference import pack_levels
 
 SIGMA = 0.7

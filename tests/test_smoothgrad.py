@@ -140,7 +140,7 @@ def test_a_nan_gradient_is_an_error():
 
 
 def test_progress(capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["robattr_fast.smoothgrad"], "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["robattr_fast.attributions.smoothgrad"], "_REPORT_SECONDS", 0.0)
     events = []
     rf.smoothgrad(small_cnn(), torch.rand(2, 1, 12, 12), sigma=0.1, samples=6, batch_size=4, progress=events.append)
     assert [(e.image, e.images, e.samples, e.total) for e in events] == [

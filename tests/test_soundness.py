@@ -9,9 +9,9 @@ from torch.nn import functional
 
 import robattr_fast as rf
 from robattr_fast import model as rf_model
-from robattr_fast.certify import marginal
-from robattr_fast.certify.bounds import marginal_bounds
-from robattr_fast.certify.certificate import METHODS
+from robattr_fast.certificates.certificate.certificate import METHODS
+from robattr_fast.certificates.theorems.bounds import marginal_bounds
+from robattr_fast.metrics.overlap import top_k
 
 # One process trains the model and samples its certificates once, for all tests.
 pytestmark = pytest.mark.xdist_group("soundness")
@@ -169,7 +169,7 @@ def undisturbed(model, images, certified) -> rf.Certificate:
 def overlaps(top: torch.Tensor, found: rf.Certificate) -> tuple[int, int]:
     """Elements of ``top`` [n] in the top-K of the map: by the sample mean, and at most (with confidence 1 - alpha)."""
     favourable = torch.where(top, found.upper.flatten(1), found.lower.flatten(1))
-    mean, most = (int((marginal.top_k(p, K) & top).sum()) for p in (found.map.flatten(1), favourable))
+    mean, most = (int((top_k(p, K) & top).sum()) for p in (found.map.flatten(1), favourable))
     return mean, most
 
 
@@ -189,7 +189,7 @@ def inflated(certificate: rf.Certificate, factor: float) -> rf.Certificate:
 def test_overlap_holds(model, images, certified, undisturbed, share):
     radius = float(certified.radius(K, share))
     assert radius > 0.1
-    top = marginal.top_k(certified.map.flatten(1), K)[0]
+    top = top_k(certified.map.flatten(1), K)[0]
     point = pgd(images[1], radius, loses_top(model, top))
     assert (point.double() - images[1].double()).norm() <= radius
     found = sampled(model, point, certified.settings.levels, seed=1, second_moment=True)
@@ -204,7 +204,7 @@ def test_overlap_holds(model, images, certified, undisturbed, share):
 
 
 def test_the_attack_refutes_a_false_overlap(model, images, binary):
-    top = marginal.top_k(binary.map.flatten(1), K)[1]
+    top = top_k(binary.map.flatten(1), K)[1]
     _, most = overlaps(top, sampled(model, pgd(images[1], 1.0, loses_top(model, top)), seed=1))
     assert binary[1].overlap(K, 1.0).share * K <= most < inflated(binary[1], 10).overlap(K, 1.0).share * K
 

@@ -13,8 +13,10 @@ from _tape import CASES, COMMON, recording
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast import sampling, step
-from robattr_fast.certify import engine, state, tally
+from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.engine import state, tally
+from robattr_fast.sampling import sampler as sampling
+from robattr_fast.sampling import step
 
 X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 

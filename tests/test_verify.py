@@ -13,8 +13,10 @@ import torch
 from _photos import write_photos
 from typer.testing import CliRunner
 
-from robattr_fast import Certificate, certify, images, models, rounding
+from robattr_fast import Certificate, certify
 from robattr_fast.cli.app import app
+from robattr_fast.inputs import images, specs
+from robattr_fast.report import rounding
 
 
 def command(*arguments):
@@ -230,7 +232,7 @@ def test_replay_finds_another_model_image_and_count(run):
 
 
 def test_a_file_of_several_images(run):
-    chosen = models.load("_cli_models:tiny")
+    chosen = specs.load("_cli_models:tiny")
     x = torch.stack([images.read(Path(f"photos/photo{index}.png"), chosen.preprocess) for index in (0, 1)])
     certify(chosen.module, x, sigma=0.3, samples=64, batch_size=16).save("both.safetensors")
     arguments = ["both.safetensors", "--model", "_cli_models:tiny", "--replay", "all"]

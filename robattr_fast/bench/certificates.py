@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from robattr_fast import images, model
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.environment import environment
-from robattr_fast.certify.moments import Summary
-from robattr_fast.certify.settings import Settings
-from robattr_fast.certify.state import State
+from robattr_fast import model
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.engine.environment import environment
+from robattr_fast.certificates.engine.state import State
+from robattr_fast.certificates.moments.summary import Summary
+from robattr_fast.certificates.settings import Settings
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.inputs import images
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling import Sampler, next_batch
+from robattr_fast.sampling.sampler import Sampler, next_batch
 
 SIGMA, TAU, ALPHA, RETAIN = 0.2, 0.1, 0.05, 2048
 RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192

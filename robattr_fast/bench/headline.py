@@ -115,9 +115,9 @@ def _certificates(context: Context) -> Path:
 
 def _curve(context: Context, model: str, image: str, planned: int, result: Result) -> dict[int, dict[str, float]]:
     """By number of samples what each method certifies of an image."""
-    from robattr_fast import images, models
+    from robattr_fast.inputs import images, specs
 
-    loaded = models.load(model)
+    loaded = specs.load(model)
     x = images.read(images.find([image])[0].path, loaded.preprocess)
     result.details["n"] = x.numel()
     folder = _certificates(context)
@@ -173,8 +173,8 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
     as a stop rule takes, with second moments at its scheduled looks: Gram matrices grow from one to the next, so that
     those inside of the first block add their summaries alone, whose time grows with the square of the rows at least.
     """
-    from robattr_fast.certify.concentration import look_schedule
-    from robattr_fast.certify.engine import betting_looks
+    from robattr_fast.certificates.engine.certify import betting_looks
+    from robattr_fast.certificates.moments.concentration import look_schedule
 
     paces = _paces(context, spec, rounds, result, peers=False)
     if OURS not in paces:

@@ -53,7 +53,7 @@ class _Worker:
                 self.torch.set_num_threads(request["threads"])
             return {"package": str(Path(self.package.__file__).parent), "threads": self.torch.get_num_threads()}
         if kind == "tune":
-            tuned, what = load("allocator").tune_allocator()
+            tuned, what = load("machine").tune_allocator()
             return {"tuned": tuned, "what": what}
         if kind == "gate":
             return {"reason": self.gates[request["gate"]](request["spec"])}

@@ -11,14 +11,16 @@ import torch
 import typer
 from rich.console import Console
 
-from robattr_fast import images, models, tune_allocator
-from robattr_fast.certify import files
-from robattr_fast.cli.errors import bad_input_exits, report
+from robattr_fast import files
+from robattr_fast.cli.errors import bad_input_exits, report, warn
 from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
-from robattr_fast.cli.results import Results
-from robattr_fast.cli.resume import Earlier, stop_rule
-from robattr_fast.cli.run import Run
+from robattr_fast.cli.progress import SampleProgress
 from robattr_fast.errors import ModelError
+from robattr_fast.inputs import images, specs
+from robattr_fast.jobs.job import Run
+from robattr_fast.jobs.results import Results
+from robattr_fast.jobs.resume import Earlier, stop_rule
+from robattr_fast.machine import tune_allocator
 from robattr_fast.model import AUTOCAST
 
 
@@ -125,10 +127,11 @@ def certify(
         _make_writable(out)
         files.sweep(out)
         _spare_inputs(sources, out)
-        chosen = models.load(model, size=size)
-        earlier = Earlier(out, sources, fresh=fresh)
+        chosen = specs.load(model, size=size)
+        earlier = Earlier(out, sources, fresh=fresh, warn=warn)
         results = Results(out, settings, radii, place, earlier.of_this_run(settings))
-        interrupted = Run(sources, chosen, settings, results, earlier).go()
+        with SampleProgress(Console(stderr=True), len(sources)) as progress:
+            interrupted = Run(sources, chosen, settings, results, earlier, report, progress.images).go()
     if results.rows:
         console.print(results.table())
         console.print(results.footnote(), highlight=False)

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.moments import Summary
-from robattr_fast.certify.replay import same_moments
-from robattr_fast.cli.results import Row, label
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.moments.summary import Summary
+from robattr_fast.certificates.verify.replay import same_moments
+from robattr_fast.jobs.record import MANIFEST, TABLE, Record
+from robattr_fast.jobs.results import Row, label
 from robattr_fast.reference._pack_levels import unpack_levels
 from robattr_fast.reference._select import selected
-from robattr_fast.runs import MANIFEST, TABLE, Record
 
 _TOLERANCE = 1e-9  # relative, of numbers that went through text
 _NOT_OF_THE_COUNTS = ("name", "source", "class_name", "seconds")

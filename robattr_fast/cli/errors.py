@@ -8,15 +8,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from robattr_fast.errors import BackendError, CertificateFileError, MergeError, ModelError
-
-EXPECTED = (ValueError, TypeError, OSError, ModelError, BackendError, MergeError, CertificateFileError)
-"""What wrong input raises; anything else is a bug and keeps its traceback."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+from robattr_fast.jobs.failures import EXPECTED, one_line
 
 
 def report(message: str) -> None:

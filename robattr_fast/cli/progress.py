@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from robattr_fast.certify import Progress as Event
-from robattr_fast.rounding import percent
+from robattr_fast.certificates import Progress as Event
+from robattr_fast.report.rounding import percent
 
 # A look at the certificate may take at most one part in so many of the run; the first is due after so many seconds.
 _LOOK_SHARE, _FIRST_LOOK = 40, 2.0

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from robattr_fast import models
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.files import write_atomically
+from robattr_fast.certificates import Certificate
 from robattr_fast.cli import checks
 from robattr_fast.cli.errors import bad_input_exits
 from robattr_fast.cli.options import DEFAULT_RADII, checked_radii, checked_share
 from robattr_fast.errors import CertificateFileError
-from robattr_fast.images import Preprocess
-from robattr_fast.report import SHARES, Entry, page
-from robattr_fast.runs import find_certificates, find_image, read_record
+from robattr_fast.files import write_atomically
+from robattr_fast.inputs import specs
+from robattr_fast.inputs.images import Preprocess
+from robattr_fast.jobs.record import find_certificates, find_image, read_record
+from robattr_fast.report.page import SHARES, Entry, page
 
 
 def report(
@@ -56,7 +56,7 @@ def report(
         radii = checked_radii(radius)
         if size is not None and model is None:
             raise ValueError("size: got one without --model, takes both")
-        preprocess = None if model is None else models.load(model, size=size).preprocess
+        preprocess = None if model is None else specs.load(model, size=size).preprocess
         entries = [entry for path in find_certificates(files) for entry in _entries(path, preprocess)]
         write_atomically(out, page(entries, shares=shares, radii=radii, title=title).encode())
     Console().print(f"Written to {out}", highlight=False)

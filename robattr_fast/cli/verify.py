@@ -15,20 +15,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robattr_fast import images, models, tune_allocator
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.files import write_atomically
-from robattr_fast.certify.replay import FALSE_ALARM, FLIPS, replay
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.verify.replay import FALSE_ALARM, FLIPS, replay
 from robattr_fast.cli import checks
 from robattr_fast.cli.errors import bad_input_exits, one_line, report
 from robattr_fast.cli.options import DEFAULT_RADII, at_least_one, checked_device, checked_radii, checked_share
-from robattr_fast.cli.results import label
 from robattr_fast.errors import CertificateFileError
+from robattr_fast.files import write_atomically
+from robattr_fast.inputs import images, specs
+from robattr_fast.jobs.record import Record, find_certificates, find_image, read_record
+from robattr_fast.jobs.results import label
+from robattr_fast.machine import tune_allocator
 from robattr_fast.model import input_hash
 from robattr_fast.report import words
-from robattr_fast.rounding import percent, rounded_cosine
-from robattr_fast.rounding import radius as shown_radius
-from robattr_fast.runs import Record, find_certificates, find_image, read_record
+from robattr_fast.report.rounding import percent, rounded_cosine
+from robattr_fast.report.rounding import radius as shown_radius
 
 _DEFAULT_REPLAY = 64
 
@@ -122,7 +123,7 @@ def verify(
         place = checked_device(device)
         found = [_check(path) for path in paths]
         if model is not None:
-            chosen = models.load(model, size=size)
+            chosen = specs.load(model, size=size)
             given = [images.read(path, chosen.preprocess) for path in image or ()]
             for one in found:
                 for index, cert in enumerate(one.images):
@@ -158,7 +159,7 @@ def _replay(
     one: _Verified,
     index: int,
     cert: Certificate,
-    model: models.Model,
+    model: specs.Model,
     given: list[torch.Tensor],
     count: int | None,
     seed: int,
@@ -194,7 +195,7 @@ def _replayed(samples: int, total: int, *, exact: bool) -> str:
     return f"all {total} samples replayed: " + ("the counts are theirs, exactly" if exact else "the counts agree")
 
 
-def _input(one: _Verified, cert: Certificate, model: models.Model, given: list[torch.Tensor]) -> torch.Tensor | None:
+def _input(one: _Verified, cert: Certificate, model: specs.Model, given: list[torch.Tensor]) -> torch.Tensor | None:
     if len(given) == 1 and len(one.images) == 1:
         return given[0]  # whatever it is: the replay says so
     hashes = cert.settings.input_hashes

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robattr_fast.arguments import check_image_ids
+from robattr_fast.attributions.smoothgrad import smoothgrad
 from robattr_fast.ops import _check, noisy_samples
-from robattr_fast.smoothgrad import smoothgrad
+from robattr_fast.sampling.arguments import check_image_ids
 
 try:
     from captum.attr import Attribution, GradientAttribution

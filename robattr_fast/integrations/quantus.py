@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robattr_fast.smoothgrad import smoothgrad
+from robattr_fast.attributions.smoothgrad import smoothgrad
 
 
 def explain_func(

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from robattr_fast import plots
-from robattr_fast.certify import Certificate
-from robattr_fast.certify.membership import membership
-from robattr_fast.report import words
-from robattr_fast.rounding import percent, rounded_cosine
-from robattr_fast.rounding import radius as shown_radius
+from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.theorems.membership import membership
+from robattr_fast.report import picture, words
+from robattr_fast.report.rounding import percent, rounded_cosine
+from robattr_fast.report.rounding import radius as shown_radius
 
 _STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
 _PALE = (0.55, 0.45)  # grey level of black, and what white adds
@@ -125,7 +124,7 @@ class Shown:
 
         entry, cert = self.entry, self.entry.cert
         _, height, width = entry.picture_shape
-        saliency = plots.display_map(cert.map[0].view(entry.picture_shape))
+        saliency = picture.display_map(cert.map[0].view(entry.picture_shape))
         name = escape(entry.name)
         photograph = ""
         if entry.image is not None:
@@ -163,8 +162,8 @@ def asset(name: str) -> str:
 
 def _curves(cert: Certificate, k: int, grid: list[float]) -> dict[str, list[int]]:
     """Certified overlap in elements [R] per method; the certificate's own comes first."""
-    curves = {plots.OURS: cert.overlap(k, grid).share[:, 0].numpy()}
-    curves |= {name: shares for name, shares in plots.overlap_curves(cert, k, grid).items() if name not in curves}
+    curves = {picture.OURS: cert.overlap(k, grid).share[:, 0].numpy()}
+    curves |= {name: shares for name, shares in picture.overlap_curves(cert, k, grid).items() if name not in curves}
     return {name: (shares * k).round().astype(int).tolist() for name, shares in curves.items()}
 
 
@@ -194,12 +193,12 @@ def _base64(values: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
-def _png(picture: np.ndarray) -> str:
+def _png(image: np.ndarray) -> str:
     """[H, W, 3] in [0, 1] as a data URI."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray((255 * picture).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    Image.fromarray((255 * image).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from robattr_fast.certify import Certificate
+from robattr_fast.certificates import Certificate
 
 
 def remarks(cert: Certificate) -> list[str]:

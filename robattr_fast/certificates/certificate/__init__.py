@@ -1,0 +1,1 @@
+"""The certificate: its contents, what it says, its files, its unions."""

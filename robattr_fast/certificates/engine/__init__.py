@@ -1,0 +1,1 @@
+"""From samples to certificates: the loop, its state, its plan, its interruptions."""

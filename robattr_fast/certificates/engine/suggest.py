@@ -1,0 +1,403 @@
+"""`suggest`: which sparsified map certifies most, judged on a few pilot samples that no certificate uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from robattr_fast import model as _model
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.state import State
+from robattr_fast.certificates.moments.concentration import (
+    DEFLATED_SHARE,
+    LAST_LOOK_SHARE,
+    GramSummary,
+    block_rows,
+    mean_map,
+    spectral_bound,
+    summarize_gram,
+    trace_estimate,
+)
+from robattr_fast.certificates.moments.deflation import DIRECTIONS, DeflatedSummary, pilot_rows
+from robattr_fast.certificates.moments.eigenvalues import centred_gram
+from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKCost
+from robattr_fast.certificates.moments.summary import no_summary
+from robattr_fast.certificates.settings import Settings
+from robattr_fast.certificates.theorems.bounds import check_bound
+from robattr_fast.ops import _check
+from robattr_fast.ops.packed_gram import packed_gram
+from robattr_fast.sampling.arguments import check_explain, check_image_ids, check_images, check_target
+from robattr_fast.sampling.sampler import Sampler, Segment
+
+_LAST_SAMPLE = 2**32
+
+TAUS = (0.05, 0.1, 0.2, 0.4)
+GAMMAS = (None, 0.01, 0.03)
+LEVELS = (1, 15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A sparsified map, and what a certificate of it is expected to say of each image.
+
+    overlap: the certified share of the top-k at the radius asked for. radius: up to which half of the top-k stays.
+    method: which certifies the overlap.
+    """
+
+    tau: float
+    gamma: float | None
+    levels: int
+    overlap: tuple[float, ...]
+    radius: tuple[float, ...]
+    method: tuple[str, ...]
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What candidates are ranked by: the mean overlap over the images; where equal, the mean radius."""
+        return sum(self.overlap) / len(self.overlap), sum(self.radius) / len(self.radius)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Suggestion:
+    """The candidate that is expected to certify most; ``rf.certify(model, x, **suggestion.settings)`` tries it.
+
+    Attributes:
+        settings: keyword arguments for `certify`: the map chosen, and all that `suggest` was told.
+        overlap: the expected certified share of the top-k at the radius, mean over the images. Not a proof.
+        k, radius: what was asked for.
+        pilot: pilot samples per image.
+        candidates: all that were tried, best first.
+    """
+
+    settings: dict[str, Any]
+    overlap: float
+    k: int
+    radius: float
+    pilot: int
+    candidates: tuple[Candidate, ...]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Suggestion: expected overlap of the top {self.k} at radius {self.radius:g}, "
+            f"{self.settings['samples']} samples, from {self.pilot} pilot samples",
+            f"{'tau':>7} {'gamma':>7} {'levels':>6} {'overlap':>8} {'radius of half':>15}  method",
+        ]
+        for candidate in self.candidates:
+            overlap, radius = candidate.score
+            gamma = "tau" if candidate.gamma is None else f"{candidate.gamma:g}"
+            methods = " + ".join(dict.fromkeys(candidate.method))
+            lines.append(
+                f"{candidate.tau:>7g} {gamma:>7} {candidate.levels:>6} {overlap:>8.3f} {radius:>15.4g}  {methods}"
+            )
+        return "\n".join(lines)
+
+
+def suggest(
+    model: nn.Module,
+    x: torch.Tensor,
+    k: int,
+    radius: float,
+    *,
+    sigma: float,
+    samples: int = 8192,
+    pilot: int = 256,
+    taus: Sequence[float] = TAUS,
+    gammas: Sequence[float | None] = GAMMAS,
+    levels: Sequence[int] = LEVELS,
+    image_ids: torch.Tensor | Sequence[int] | None = None,
+    target: int | Sequence[int] | torch.Tensor | None = None,
+    explain: str | _model.Explanation = "gradient",
+    channel_sum: bool = False,
+    seed: int = 0,
+    alpha: float = 0.05,
+    bound: str = "betting",
+    slack: int | None = None,
+    second_moment: bool = True,
+    retain: int = 2048,
+    batch_size: int | str = "auto",
+    on_nonfinite: str = "raise",
+) -> Suggestion:
+    """Which (tau, gamma, levels) is expected to certify the largest overlap, from one set of pilot samples.
+
+    The deflation that `certify` makes is counted in; there are no other weights to choose. The expectation is a
+    heuristic, for choosing only: each candidate's counts and second moments are extrapolated from ``pilot`` to
+    ``samples`` samples and evaluated nearly as a certificate is. The proof is untouched by the choice, for the
+    pilot samples are the last of the noise stream, [2^32 - pilot, 2^32), which `certify` with its default
+    ``first_sample`` never reaches. A candidate is judged by the top-k of its own map.
+
+    One forward and backward pass per pilot sample serves all candidates. Memory: per candidate the counts, and the
+    packed maps of the pilot samples, of one image.
+
+    Args:
+        model, x, sigma, samples, image_ids, target, explain, channel_sum, seed, alpha, bound, slack, second_moment,
+            retain, batch_size, on_nonfinite: as for `certify`; they describe the run that is planned.
+        k: size of the top-k set, in 1..n//2.
+        radius: L2 radius, in the units of x.
+        pilot: pilot samples per image, 8 to 8192.
+        taus, gammas, levels: every combination is a candidate, but for gamma > tau. gamma=None is tau, the map of
+            levels=1, which needs no gamma.
+
+    Returns:
+        The best candidate on average over the images, its settings, and the table of all.
+
+    Raises:
+        As `certify`; ValueError where no candidate is left.
+    """
+    check_images(x)
+    sigma = _check.positive("sigma", sigma)
+    radius = _check.positive("radius", radius)
+    _check.integer("pilot", pilot, 8, 8192)
+    _check.integer("samples", samples, 2, 2**31 - 1)
+    _check.integer("retain", retain, 4, 8192)
+    maps = _combinations(taus, gammas, levels)
+    check_explain(explain, channel_sum, x)
+    for _, _, number in maps:
+        check_bound(bound, number)
+    classes_wanted = check_target(target, x)
+    ids = check_image_ids(image_ids, x)
+    wanted = [
+        Settings(
+            sigma=sigma,
+            shape=tuple(x.shape[2:] if channel_sum else x.shape[1:]),
+            levels=number,
+            tau=tau,
+            gamma=gamma,
+            channel_sum=channel_sum,
+            explain=explain if isinstance(explain, str) else None,
+            planned_samples=(samples,),
+            alpha=alpha,
+            bound=bound,
+            slack=slack,
+            second_moment=second_moment,
+            retain=retain if second_moment else 0,
+            on_nonfinite=on_nonfinite,
+        )
+        for tau, gamma, number in maps
+    ]
+    _check.integer("k", k, 1, wanted[0].n // 2)
+
+    sampler = Sampler(
+        _model.private_copy(model), x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids
+    )
+    classes = sampler.prepare()
+    sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
+    found: list[list[_Expected]] = [[] for _ in maps]
+    for image in range(x.shape[0]):
+        for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot, classes), strict=True):
+            row.append(_expected(seen, settings))
+    candidates = sorted(
+        (_judged(row, settings, k, radius) for row, settings in zip(found, wanted, strict=True)),
+        key=lambda candidate: candidate.score,
+        reverse=True,
+    )
+    best = candidates[0]
+    told = {
+        "sigma": sigma,
+        "tau": best.tau,
+        "gamma": best.gamma,
+        "levels": best.levels,
+        "samples": samples,
+        "image_ids": image_ids,
+        "target": target,
+        "explain": explain,
+        "channel_sum": channel_sum,
+        "seed": seed,
+        "alpha": alpha,
+        "bound": bound,
+        "slack": slack,
+        "second_moment": second_moment,
+        "retain": retain,
+        "batch_size": batch_size,
+        "on_nonfinite": on_nonfinite,
+    }
+    return Suggestion(told, best.score[0], k, radius, pilot, tuple(candidates))
+
+
+def _combinations(
+    taus: Sequence[float], gammas: Sequence[float | None], levels: Sequence[int]
+) -> list[tuple[float, float | None, int]]:
+    """All (tau, gamma, levels) that make sense, once each. gamma=tau leaves two values, whatever the levels."""
+    maps: dict[tuple[float, float | None, int], None] = {}
+    for number in levels:
+        _check.integer("levels", number, 1, 15)
+        for tau in taus:
+            _check.fractions(tau, None)
+            for gamma in (None,) if number == 1 else gammas:
+                if gamma is not None:
+                    _check.fractions(1.0, gamma)
+                if gamma is None or gamma == tau:
+                    maps[tau, None, 1] = None
+                elif gamma < tau:
+                    maps[tau, gamma, number] = None
+    if not maps:
+        raise ValueError(
+            f"taus, gammas, levels: got {list(taus)}, {list(gammas)}, {list(levels)}, which leave no candidate "
+            "(gamma may not exceed tau)"
+        )
+    return list(maps)
+
+
+def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int, classes: int) -> list[Certificate]:
+    """The pilot samples of one image as every candidate counts them."""
+    first_sample = _LAST_SAMPLE - pilot
+    states = [
+        State(
+            dataclasses.replace(settings, planned_samples=(pilot,), retain=pilot if settings.second_moment else 0),
+            1,
+            classes,
+            sampler.x.device,
+            keep_samples=settings.second_moment,
+        )
+        for settings in wanted
+    ]
+    while (done := states[0].done[0]) < pilot:
+        count = min(sampler.batch_size, pilot - done)
+        for scored in sampler.run([Segment(image, first_sample + done, count)]):
+            alone = dataclasses.replace(scored, segment=dataclasses.replace(scored.segment, image=0))
+            for state in states:
+                state.add(alone, first_sample)
+    return [state.certificate(first_sample, sampler.batch_size) for state in states]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """What the planned run of one image is expected to find: its certificate, but for the deflation of T7."""
+
+    certificate: Certificate
+    deflated: DeflatedSummary | None
+
+    def judged(self, k: int, radius: float) -> tuple[float, str, float]:
+        """The share of the top-k at ``radius``, the method, and the radius at which half of the top-k stays.
+
+        A deflation is judged as if no map moved along its directions: they change few elements of the top-k.
+        """
+        found = self.certificate.overlap(k, radius)
+        share, method, half = float(found.share[0]), str(found.method[0]), float(self.certificate.radius(k, 0.5)[0])
+        proved = self.certificate.second_moments[0]
+        if proved is None or self.deflated is None:
+            return share, method, half
+        proved = dataclasses.replace(proved, deflated=self._eigenvalue(proved))
+        cost = TopKCost(self.certificate.map.flatten(), k)
+        kept = cost.overlap(proved.deflated_distance(radius)) / k
+        half = max(half, proved.deflated_radius(cost.distance(-(-k // 2))))
+        return (kept, "second-moment", half) if kept > share else (share, method, half)
+
+    def _eigenvalue(self, proved: SecondMoments) -> float:
+        assert self.deflated is not None
+        seen = self.deflated
+        delta = self.certificate.settings.ledger.moment * DEFLATED_SHARE * LAST_LOOK_SHARE
+        sure = proved.k_tau + min(proved.norm + proved.error, math.sqrt(proved.k_tau)) ** 2
+        found = spectral_bound(
+            seen.eigenvalue, seen.fourth, seen.rows, sure, proved.k_tau, delta, blocks=seen.blocks, fewest=seen.fewest
+        )
+        return min(found, proved.spectral)
+
+
+def _judged(planned: Sequence[_Expected], settings: Settings, k: int, radius: float) -> Candidate:
+    """A candidate with what it is expected to certify for each image."""
+    overlaps, methods, radii = zip(*(image.judged(k, radius) for image in planned), strict=True)
+    assert settings.tau is not None
+    assert settings.levels is not None
+    return Candidate(settings.tau, settings.gamma, settings.levels, overlaps, radii, methods)
+
+
+def _expected(seen: Certificate, settings: Settings) -> _Expected:
+    """What the planned run of one image is expected to find, from its pilot samples."""
+    assert seen.counts is not None
+    assert settings.planned_samples is not None
+    (samples,) = settings.planned_samples
+    pilot = int(seen.samples[0])
+    trace = trace_estimate(seen.counts[0], pilot)
+    invalid = int(seen.invalid[0])
+    summary = deflated = None
+    if seen.packed is not None:
+        assert settings.levels is not None
+        block = block_rows(samples, settings.retain)
+        products = packed_gram(seen.packed[0], settings.levels)
+        gram = _expected_summary(summarize_gram(products, settings.levels), trace, block, samples // block)
+        summary = no_summary(1)
+        summary[0, : len(gram.to_array())] = torch.from_numpy(gram.to_array())
+        summary[0, -1] = invalid * gram.rows // pilot
+        if not (invalid and settings.on_nonfinite == "abstain"):
+            values = torch.linalg.eigvalsh(centred_gram(products, settings.levels) / pilot)
+            deflated = _expected_deflated(float(values[-1 - DIRECTIONS]), trace, pilot, block, samples)
+    certificate = Certificate(
+        counts=_expected_counts(seen.counts[0], pilot, samples, trace)[None],
+        samples=torch.tensor([samples]),
+        invalid=torch.tensor([invalid * samples // pilot], dtype=torch.int32),
+        gram_summary=summary,
+        settings=settings,
+    )
+    return _Expected(certificate, deflated)
+
+
+def _expected_deflated(next_value: float, trace: float, pilot: int, block: int, samples: int) -> DeflatedSummary | None:
+    """The `DeflatedSummary` of the planned run.
+
+    next_value: of the empirical covariance of ``pilot`` samples the largest eigenvalue below those of the directions.
+    Directions from P samples keep an error of variance trace/P each (as in `_expected_summary`).
+    """
+    pilots = pilot_rows(samples, block)
+    rows = samples // block * block - pilots
+    if min(pilots, block, rows) < 8:
+        return None
+    eigenvalue = max(next_value - trace / pilot, 0.0) + DIRECTIONS * trace / pilots + trace / block
+    return DeflatedSummary(rows, -(-rows // block), min(rows, block), eigenvalue, 3 * eigenvalue**2 + trace**2 / block)
+
+
+def _expected_counts(counts: torch.Tensor, pilot: int, samples: int, trace: float) -> torch.Tensor:
+    """Counts int32 [n, L] of ``pilot`` samples, shrunk and spread to those of ``samples``.
+
+    A mean of few samples scatters more from element to element than one of many: shrinking it to its average over the
+    elements, by one factor, gives the scatter that ``samples`` samples are expected to have, which is that of the
+    smoothed map (the pilot's less trace/pilot) and trace/samples. Ties of small counts are broken at random, within
+    half a count.
+    """
+    mean = mean_map(counts, pilot)
+    scatter = float((mean - mean.mean()).square().sum())
+    expected = max(scatter - trace / pilot, 0.0) + trace / samples
+    shrink = min((expected / scatter) ** 0.5, 1.0) if scatter > 0 else 1.0
+    # How often an element reaches each level or a higher one: rounding these errs by half a sample in all.
+    reached = counts.double().flip(1).cumsum(1).flip(1)
+    centre = reached.mean(0)
+    jitter = torch.rand(len(counts), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    spread = centre + shrink * (reached + jitter.where(reached > 0, 0.0) - centre)
+    scaled = (spread.clamp(0, pilot) * (samples / pilot)).round().to(torch.int32)
+    return scaled - torch.nn.functional.pad(scaled[:, 1:], (0, 1))
+
+
+def _expected_summary(seen: GramSummary, trace: float, block: int, blocks: int) -> GramSummary:
+    """The `GramSummary` of ``blocks`` blocks of ``block`` rows, from that of fewer rows (or more) in one block.
+
+    The empirical covariance of m samples has a top eigenvalue of about lambda + (trace - lambda)/m where many small
+    eigenvalues stand below it (Baik and Silverstein, Eigenvalues of large sample covariance matrices of spiked
+    population models, 2006, in the limit of a bulk far below the top), the squared mean is up by trace/m, and the
+    squared Gram matrix over m has trace^2 on its diagonal (its spread is neglected: from few samples ``fourth`` comes
+    out too large).
+    """
+    half_seen, half = seen.rows // 2, block // 2
+
+    def top(eigenvalue: float, before: int, after: int) -> float:
+        # Of the pilot the bulk is subtracted, but never all: tr(Sigma^2)/tr(Sigma) <= lambda.
+        least = min(seen.half_mean / trace, eigenvalue) if trace > 0 else 0.0
+        population = max((eigenvalue - trace / before) / (1 - 1 / before), least)
+        return population + max(trace - population, 0.0) / after
+
+    def moved(value: float, excess: float, before: int, after: int) -> float:
+        return max(value - excess / before, 0.0) + excess / after
+
+    return GramSummary(
+        rows=blocks * block,
+        blocks=blocks,
+        norm2=moved(seen.norm2, trace, seen.rows, block),
+        eigenvalue=top(seen.eigenvalue, seen.rows, block),
+        fourth=moved(seen.fourth, trace**2, seen.rows, block),
+        half_eigenvalue=top(seen.half_eigenvalue, half_seen, half),
+        half_norm2=moved(seen.half_norm2, trace, half_seen, half),
+        half_mean=seen.half_mean,
+    )

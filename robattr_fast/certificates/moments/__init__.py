@@ -1,0 +1,1 @@
+"""Second moments of the maps, and what they prove: distance, cosine, overlap."""

@@ -1,0 +1,210 @@
+"""What was fixed before sampling: everything that a certificate says about how its counts came to be."""
+
+import dataclasses
+import math
+from typing import Any
+
+from robattr_fast.certificates.ledger import AlphaLedger
+from robattr_fast.certificates.theorems.bounds import check_bound
+from robattr_fast.model import AUTOCAST
+
+NONFINITE = ("raise", "zero", "abstain")
+"""What a sample with NaN or infinite scores does: end the run; count as the map 0; or also as 1 in upper bounds."""
+
+SAME_MAP = (
+    "sigma",
+    "shape",
+    "levels",
+    "tau",
+    "gamma",
+    "channel_sum",
+    "explain",
+    "target",
+    "autocast",
+    "model_fingerprint",
+)
+"""Fields that define the smoothed map."""
+
+PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
+"""Fields with one entry per image."""
+
+Interval = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How statements are computed from the counts: alpha, bound, slack, second_moment as in `Settings`."""
+
+    alpha: float
+    bound: str
+    slack: int | None
+    second_moment: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The manifest of a certificate. None says: unknown, or has no meaning (counts that came from elsewhere).
+
+    Attributes:
+        sigma: standard deviation of the noise, in the units of x.
+        shape: shape [*M] of one map.
+        levels: number of levels L above 0; None if sums were kept.
+        tau, gamma: shares of the elements that are selected and that saturate.
+        channel_sum: scores were summed over channels before selection.
+        explain: name of the attribution method.
+        target: explained class per image; None: the largest logit of each noisy sample.
+        seed, stream_version: key and version of the noise stream.
+        image_ids: id of each image in the noise stream.
+        intervals: per image the sorted, disjoint, half-open intervals of sample indices.
+        planned_samples: number of samples fixed in advance, per image; None: as many as there are.
+        alpha: error probability of all statements about one image together.
+        bound: name of the bound of the marginals, see `bounds.BOUNDS`.
+        slack: number m of wrong bounds that are paid for (T4); None: the best for each query with betting, else 0.
+        second_moment: a part of alpha is set aside for second moments (T7).
+        retain: the most samples of an image whose packed levels are kept at a time, for second moments.
+        on_nonfinite: one of `NONFINITE`.
+        merged: the union of several runs. What each had when it ended may have depended on what it saw, so a union is
+            evaluated by betting, whatever its size.
+        exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
+        autocast: name of the dtype in which the model ran under torch.autocast; None: without.
+        model_fingerprint, input_hashes: of the model, and of each image.
+        device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
+            taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
+            (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    sigma: float
+    shape: tuple[int, ...]
+    levels: int | None = 1
+    tau: float | None = None
+    gamma: float | None = None
+    channel_sum: bool = False
+    explain: str | None = None
+    target: tuple[int, ...] | None = None
+    seed: int | None = None
+    stream_version: int | None = None
+    image_ids: tuple[int, ...] | None = None
+    intervals: tuple[tuple[Interval, ...], ...] | None = None
+    planned_samples: tuple[int, ...] | None = None
+    alpha: float = 0.05
+    bound: str = "betting"
+    slack: int | None = None
+    second_moment: bool = False
+    retain: int = 0
+    on_nonfinite: str = "raise"
+    merged: bool = False
+    exploration: Evaluation | None = None
+    autocast: str | None = None
+    model_fingerprint: str | None = None
+    input_hashes: tuple[str, ...] | None = None
+    device: str | None = None
+    batch_size: int | None = None
+    batch_images: int | None = None
+    memory_format: str | None = None
+    folded: bool | None = None
+    backends: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sigma, bool) or not isinstance(self.sigma, (int, float)):
+            raise TypeError(f"sigma must be a number, got {type(self.sigma).__name__}")
+        if not (self.sigma > 0 and math.isfinite(self.sigma)):
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape must name at least one dimension of positive size, got {self.shape}")
+        if self.levels is not None and self.levels < 1:
+            raise ValueError(f"levels must be at least 1 or None, got {self.levels}")
+        if self.retain and not 4 <= self.retain <= 8192:
+            raise ValueError(f"retain must be 0 or lie in [4, 8192], got {self.retain}")
+        if self.on_nonfinite not in NONFINITE:
+            raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
+        if self.autocast not in (None, *AUTOCAST):
+            raise ValueError(f"autocast must be None or one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
+        for evaluation in (self.declared, self.evaluation):
+            check_bound(evaluation.bound, self.levels)
+            self._allot(evaluation)
+            if evaluation.slack is not None and not 0 <= evaluation.slack < self.n:
+                raise ValueError(f"slack must be None or an integer in 0..n-1, got {evaluation.slack}")
+        lengths = {name: len(value) for name in PER_IMAGE if (value := getattr(self, name)) is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the fields with one entry per image differ in length: {lengths}")
+        for image in self.intervals or ():
+            edges = [edge for interval in image for edge in interval]
+            if any(len(interval) != 2 or interval[0] >= interval[1] for interval in image) or (
+                edges != sorted(edges) or min(edges, default=0) < 0
+            ):
+                raise ValueError(f"intervals must be sorted, disjoint pairs (first, end), got {image}")
+
+    @property
+    def n(self) -> int:
+        """Number of elements of one map."""
+        return math.prod(self.shape)
+
+    @property
+    def declared(self) -> Evaluation:
+        """What was fixed before sampling; slack None where the best one is taken, which betting alone allows."""
+        return _resolved(Evaluation(self.alpha, self.bound, self.slack, self.second_moment))
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What is used: the exploration, if there is one."""
+        return self.declared if self.exploration is None else _resolved(self.exploration)
+
+    @property
+    def ledger(self) -> AlphaLedger:
+        """The split of alpha."""
+        return self._allot(self.evaluation)
+
+    def _allot(self, used: Evaluation) -> AlphaLedger:
+        return AlphaLedger.allot(used.alpha, bound=used.bound, slack=used.slack, second_moment=used.second_moment)
+
+    def exploring(self, evaluation: Evaluation) -> "Settings":
+        """The same settings evaluated differently; with what was declared it is the certificate itself again."""
+        declared = _resolved(evaluation) == self.declared
+        return dataclasses.replace(self, exploration=None if declared else evaluation)
+
+    def select(self, images: list[int]) -> "Settings":
+        """The settings of some of the images."""
+        chosen: dict[str, Any] = {}
+        for name in PER_IMAGE:
+            if (entries := getattr(self, name)) is not None:
+                chosen[name] = tuple(entries[image] for image in images)
+        return dataclasses.replace(self, **chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the ledger spelled out."""
+        return {**dataclasses.asdict(self), "ledger": dataclasses.asdict(self.ledger)}
+
+    @classmethod
+    def from_json(cls, manifest: dict[str, Any]) -> "Settings":
+        """Inverse of `to_json`. Raises ValueError if a field is unknown, missing or out of range."""
+        fields = dict(manifest)
+        ledger = fields.pop("ledger", None)
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        fields = {name: _frozen(value) for name, value in fields.items()}
+        try:
+            if fields.get("exploration") is not None:
+                fields["exploration"] = Evaluation(**fields["exploration"])
+            settings = cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"a field is missing or of the wrong type: {error}") from error
+        if ledger != dataclasses.asdict(settings.ledger):
+            raise ValueError(f"the ledger {ledger} is not the one of its alpha, bound and slack: {settings.ledger}")
+        return settings
+
+
+def _resolved(evaluation: Evaluation) -> Evaluation:
+    """Slack None means 0 for every bound but betting."""
+    if evaluation.slack is None and evaluation.bound != "betting":
+        return dataclasses.replace(evaluation, slack=0)
+    return evaluation
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples, as they were before JSON."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

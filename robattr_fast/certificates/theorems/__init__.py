@@ -1,0 +1,1 @@
+"""Bounds on one element, and what they prove: overlap, membership, label."""

@@ -1,0 +1,1 @@
+"""Whether a certificate holds: its counts, its samples, its model."""

@@ -1,0 +1,1 @@
+"""What a person names: images and models."""

@@ -1,0 +1,1 @@
+"""Many images: what is sampled, written, found again and recorded."""

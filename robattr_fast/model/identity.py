@@ -1,0 +1,65 @@
+"""Which model and which method it was: names, fingerprints, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from robattr_fast.model.gradient import Explanation
+
+_CALLABLE = "callable:"
+
+
+def explanation_name(explain: str | Explanation) -> str:
+    """What a certificate records; a callable never has the name of a built-in method."""
+    if isinstance(explain, str):
+        return explain
+    module = getattr(explain, "__module__", None) or "?"
+    return f"{_CALLABLE}{module}.{getattr(explain, '__qualname__', f'<{type(explain).__name__}>')}"
+
+
+def is_identified(explanation: str | None) -> bool:
+    """Whether the name tells which method it was: lambdas, local functions and callable objects share theirs."""
+    return explanation is None or not (explanation.startswith(_CALLABLE) and "<" in explanation)
+
+
+_OF_MODULES = vars(nn.Module()).keys()
+"""Attributes of every module: containers that are looked into by name, hooks, mode."""
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the architecture as printed, and of what its modules hold: tensors, and plain Python values.
+
+    Tensors by name, dtype, shape, bytes; numbers, strings and dtypes, also in lists, tuples and dicts, as printed.
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):  # printed, it names its parts and not what it does with them
+            digest.update(module.code.encode())
+        plain = {key: value for key, value in vars(module).items() if key not in _OF_MODULES and _is_plain(value)}
+        digest.update(f"{name} {sorted(plain.items())}".encode())
+        # Plain attributes too: torch.export keeps constants so.
+        tensors |= {f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def input_hash(x: torch.Tensor) -> str:
+    """SHA-256 of one image: dtype, shape, bytes."""
+    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""How noisy copies go through the model: arguments, a measured trial, batches, the captured step."""

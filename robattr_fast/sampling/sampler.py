@@ -1,0 +1,401 @@
+"""The loop over samples that everything shares: noise -> model -> scores, in batches of one fixed size.
+
+A batch is filled with rows of one image, and, where that image has too few left, with rows of the next. A ragged last
+batch is padded to the fixed size and the surplus dropped: a model may round differently at another batch size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from robattr_fast import model as _model
+from robattr_fast.errors import ModelError
+from robattr_fast.model.folding import fold_batchnorm
+from robattr_fast.ops import _check
+from robattr_fast.ops.noisy_samples import fill
+from robattr_fast.sampling.step import Following, Segment, Step, can_capture
+from robattr_fast.sampling.trial import MEMORY_FORMATS, Way, fastest, seconds_of
+
+_logger = logging.getLogger("robattr_fast")
+
+_FIRST_ROWS = 2  # of the batch that a model is checked on
+_LARGEST_BATCH = 1024
+_NEARLY = 0.02  # of the norm of logits: further off, another dtype makes too much of another model
+
+Follow = Callable[[int], Following]
+"""What a captured step goes on to, of so many rows."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class SamplingProgress:
+    """What a ``progress`` callable is told: ``samples`` of ``total`` are done for ``image`` of ``images``."""
+
+    image: int
+    images: int
+    samples: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores and logits of one segment; the tensors are valid until the next batch."""
+
+    segment: Segment
+    scores: torch.Tensor  # [count, *S], signed
+    logits: torch.Tensor  # [count, classes]
+
+
+def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, batch_size: int) -> list[Segment]:
+    """The next rows to score, where image i has ``done[i]`` of ``wanted[i]`` samples; empty when all are done."""
+    segments = []
+    room = batch_size
+    for image, (have, want) in enumerate(zip(done, wanted, strict=True)):
+        if count := min(want - have, room):
+            segments.append(Segment(image, first_sample + have, count))
+            room -= count
+    return segments
+
+
+Work = Callable[[Sequence[Segment], torch.Tensor, "torch.Tensor | None"], _T]
+
+
+class Sampler:
+    """Scores of noisy copies of the images x [B, *S] under a model.
+
+    Args:
+        model: a private copy (`model.private_copy`).
+        target: int64 [B], or None for the largest logit of each noisy sample.
+        seed: 0 <= seed < 2^64.
+        image_ids: int64 [B].
+        autocast: dtype in which the model runs under torch.autocast; None: as its surroundings have it.
+
+    Set the batch size (and with it the memory format, and autocast where that is to be chosen) before `run`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        *,
+        sigma: float,
+        target: torch.Tensor | None,
+        explain: str | _model.Explanation,
+        seed: int,
+        image_ids: torch.Tensor,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.x = x.detach().contiguous()
+        self.sigma = sigma
+        self.target = target
+        self.explain = explain
+        self.autocast = autocast
+        self.seed = _check.seed(seed)
+        self.image_ids = image_ids.to(x.device)
+        self.least, self.most = _model.batch_sizes(model)
+        self.folded = False
+        self.batch_size = self._clamped(_FIRST_ROWS)
+        self.memory_format = "contiguous"
+        self._buffer = torch.empty(0)
+        self._steps: dict[tuple[int, Follow | None], Step] = {}  # by number of images and what follows
+        # A callable may do what no graph can repeat.
+        self._captures = can_capture(x.device) and isinstance(explain, str)
+
+    def prepare(self) -> int:
+        """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
+        alone = self.sparing(self._logits_of_one_row)
+        classes = alone.shape[1]
+        if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
+            raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
+        (first,) = self.sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
+        _model.check_fixed(alone, first.logits, self._half_digits(alone))
+        if callable(self.explain):
+            again = self.sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
+            _model.check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
+        else:  # a callable may look at the model's layers: it gets them as they are
+            self.model, self.folded = fold_batchnorm(self.model, self._buffer)
+        return classes
+
+    def _half_digits(self, result: torch.Tensor) -> float:
+        """Relative: kernels may round differently from call to call, randomness changes the first digit or two."""
+        coarse = self.autocast or self.x.dtype
+        return max(torch.finfo(dtype).eps for dtype in (coarse, result.dtype)) ** 0.5
+
+    def _logits_of_one_row(self) -> torch.Tensor:
+        """Of the first sample of the first image, in every row of a batch."""
+        self._fill([Segment(0, 0, 1)] * self.batch_size, self.batch_size)
+        with torch.no_grad(), _model.autocast(self.x.device, self.autocast):
+            return _model.forward(self.model, self._buffer)
+
+    def set_batch_size(
+        self,
+        batch_size: int | str,
+        samples: int,
+        memory_format: str | None = None,
+        *,
+        largest: int = _LARGEST_BATCH,
+        autocasts: Sequence[torch.dtype | None] = (),
+    ) -> None:
+        """Rows per forward pass, and the memory format in which the model gets them.
+
+        Args:
+            batch_size: a number, or "auto" for the fastest by a measured trial before ``samples`` samples.
+            memory_format: one of `MEMORY_FORMATS`; None: by the same trial, contiguous where the batch size is given.
+            largest: batch that the trial considers.
+            autocasts: of which ``autocast`` becomes the fastest, by the same trial; none: it stays what it is.
+        """
+        if memory_format is not None and memory_format not in MEMORY_FORMATS:
+            takes = " or ".join(map(repr, MEMORY_FORMATS))
+            raise ValueError(f"memory_format: got {memory_format!r}, takes {takes} or None")
+        if memory_format == "channels_last" and self.x.dim() != 4:
+            raise ValueError(
+                f"memory_format: got 'channels_last' for x of shape {tuple(self.x.shape)}, takes [B,C,H,W]"
+            )
+        self._drop_buffer()  # and steps of another way
+        formats = [memory_format] if memory_format else [*MEMORY_FORMATS] if batch_size == "auto" else ["contiguous"]
+        ways = [Way(name, dtype) for dtype in autocasts or (self.autocast,) for name in formats]
+        if batch_size == "auto":
+            least, largest = self.least, self._clamped(min(largest, samples, _LARGEST_BATCH))
+        elif isinstance(batch_size, str):
+            raise ValueError(f"batch_size: got {batch_size!r}, takes an integer >= 1 or 'auto'")
+        else:
+            least = largest = _check.integer("batch_size", batch_size, 1, 2**20)
+            if self._clamped(least) != least:
+                takes = f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
+                raise ValueError(
+                    f"batch_size: got {batch_size}, but the model was exported for batches of {takes} rows"
+                )
+        usable = self._usable(ways)
+        best = (least, usable[0])
+        if largest > least or len(usable) > 1:
+            best = fastest(self._seconds, usable, samples, least=least, largest=largest)
+        self.batch_size, (self.memory_format, self.autocast) = best
+        if self.autocast != ways[0].autocast:
+            _logger.info("the model runs in %s: that is faster", _model.dtype_name(self.autocast or self.x.dtype))
+
+    def _clamped(self, rows: int) -> int:
+        """The number of rows nearest to ``rows`` that the model takes."""
+        rows = max(rows, self.least)
+        return rows if self.most is None else min(rows, self.most)
+
+    def _usable(self, ways: list[Way]) -> list[Way]:
+        """The first way, and those in which the model computes the same but for rounding.
+
+        Channels-last are images of several channels alone; a callable gets what it expects, contiguous rows.
+        """
+        if self.x.dim() != 4 or self.x.shape[1] == 1 or callable(self.explain):
+            ways = [way for way in ways if way.memory_format == ways[0].memory_format]
+        if len(ways) == 1:
+            return ways
+        batch, before = [Segment(0, 0, self.batch_size)], Way(self.memory_format, self.autocast)
+        usable: list[Way] = []
+        known = torch.empty(0)
+        for way in ways:
+            self.memory_format, self.autocast = way
+            try:
+                logits = self._run(batch, self.batch_size)[0].logits
+                allowed = self._half_digits(logits)
+                if way.autocast != ways[0].autocast:
+                    _model.check_fixed(self._logits_of_one_row(), logits, allowed)
+                    allowed = _NEARLY
+            except Exception as error:  # a model may take views that only one format allows, or dtypes
+                if not usable:
+                    raise
+                _logger.info("batches are not %s: the model fails on them (%s)", way, error)
+                continue
+            finally:
+                self.memory_format, self.autocast = before
+            if not usable:
+                known = logits.double()
+            apart = float((logits.double() - known).norm())
+            if usable and not apart <= allowed * float(known.norm()):
+                _logger.warning("batches are not %s: the model gives other logits for them (by %.1e)", way, apart)
+                continue
+            usable.append(way)
+        return usable
+
+    def _seconds(self, size: int, way: Way) -> float | None:
+        """Of one batch of this size; None where it does not fit into memory."""
+        batch = [Segment(0, 0, size)]
+        self.memory_format, self.autocast = way
+
+        def work() -> None:
+            self._run(batch, size)
+            self._wait()
+
+        try:
+            work()  # first touch of this size: allocation, kernel selection
+            return seconds_of(work)
+        except Exception as error:
+            if not _model.is_out_of_memory(error):
+                raise
+        _logger.info("batches of %d rows do not fit into memory", size)
+        return None
+
+    def _wait(self) -> None:
+        """Until the device has done what it was told; a CPU always has."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+
+    def run(self, segments: Sequence[Segment]) -> list[Scored]:
+        """Score one batch of at most ``batch_size`` rows; fewer than the segments have where memory ends (`apply`).
+
+        Batches are replays of a CUDA graph where the device has such and the model can be captured.
+        """
+        replayed = self._replay(segments, None)
+        if replayed is None:
+            return self.apply(segments, self._score)
+        taken, (scores, logits) = replayed
+        return _by_segment(taken, scores, logits)
+
+    def replay_through(self, segment: Segment, follow: Follow) -> tuple[Segment, tuple[torch.Tensor, ...]] | None:
+        """One batch of one image by a captured step that goes on to ``follow(batch_size)``, made once per step.
+
+        The segment, cut to what one batch holds, and the results; None where nothing is captured.
+        """
+        replayed = self._replay([segment], follow)
+        return None if replayed is None else (replayed[0][0], replayed[1])
+
+    def _replay(
+        self, segments: Sequence[Segment], follow: Follow | None
+    ) -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
+        """The segments that one batch holds, and what its step gives; None where nothing is captured."""
+
+        def attempt() -> tuple[list[Segment], tuple[torch.Tensor, ...]] | None:
+            step = self._captured(1 if len(segments) == 1 else self.batch_size, follow)
+            if step is None:
+                return None
+            taken = _first_rows(segments, self.batch_size)
+            return taken, step(self.x, self.image_ids, self.target, taken)
+
+        return self.sparing(attempt) if self._captures else None
+
+    def _captured(self, images: int, follow: Follow | None) -> Step | None:
+        """The step of batches of so many images; None where the model cannot be captured."""
+        self._prepare_buffer(self.batch_size)
+        key = (images, follow)
+        if key not in self._steps:
+            try:
+                self._steps[key] = Step(
+                    self.model,
+                    self._buffer,
+                    images,
+                    sigma=self.sigma,
+                    explain=self.explain,
+                    seed=self.seed,
+                    targeted=self.target is not None,
+                    autocast=self.autocast,
+                    following=None if follow is None else follow(self.batch_size),
+                    memory=next((step.memory for step in self._steps.values()), None),
+                )
+            except Exception as error:  # of the model's own code, or of the driver
+                if _model.is_out_of_memory(error):
+                    raise
+                self._captures = False
+                self._steps.clear()
+                _logger.info("batches run eagerly: the model cannot be captured as a CUDA graph (%s)", error)
+                return None
+        return self._steps[key]
+
+    def apply(self, segments: Sequence[Segment], work: Work[_T]) -> _T:
+        """``work`` on one batch: the segments, their noisy rows [batch_size, *S] and the targets of these.
+
+        The rows past those of the segments fill the batch up. Where memory ends, the batch size is halved from here on,
+        and the segments are cut to as many rows as one such batch holds.
+        """
+
+        def attempt() -> _T:
+            first = _first_rows(segments, self.batch_size)
+            return work(first, *self._noisy_rows(first, self.batch_size))
+
+        return self.sparing(attempt)
+
+    def sparing(self, work: Callable[[], _T]) -> _T:
+        """``work()``, again with half the batch size as long as memory ends; ModelError if it cannot be halved."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not _model.is_out_of_memory(error):
+                    raise
+                if self.batch_size // 2 < self.least:
+                    rows = "one row" if self.batch_size == 1 else f"{self.batch_size} rows"
+                    raise ModelError(f"model: it runs out of memory with {rows} per batch ({error})") from error
+            # Outside of the handler: the error holds on to the frames, and so to the memory, of what failed.
+            self._drop_buffer()
+            self.batch_size //= 2
+            _logger.warning("out of memory: going on with batches of %d rows", self.batch_size)
+
+    def _prepare_buffer(self, batch_size: int) -> None:
+        """A buffer of as many rows, in the memory format chosen."""
+        memory_format = MEMORY_FORMATS[self.memory_format]
+        if self._buffer.shape[:1] != (batch_size,) or not self._buffer.is_contiguous(memory_format=memory_format):
+            self._drop_buffer()  # before the new one comes
+            shape = (batch_size, *self.x.shape[1:])
+            self._buffer = torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=memory_format)
+
+    def _drop_buffer(self) -> None:
+        self._buffer = torch.empty(0)
+        self._steps.clear()
+
+    def _fill(self, segments: Sequence[Segment], batch_size: int) -> None:
+        """Noisy rows, as many as the segments have, into a buffer of just as many."""
+        self._prepare_buffer(batch_size)
+        row = 0
+        for segment in segments:
+            i = segment.image
+            fill(
+                self._buffer[row : row + segment.count].unsqueeze(0),
+                self.x[i : i + 1],
+                self.sigma,
+                seed=self.seed,
+                first_sample=segment.first_sample,
+                image_ids=self.image_ids[i : i + 1],
+            )
+            row += segment.count
+
+    def _run(self, segments: Sequence[Segment], batch_size: int) -> list[Scored]:
+        return self._score(segments, *self._noisy_rows(segments, batch_size))
+
+    def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
+        last = segments[-1]
+        surplus = batch_size - sum(segment.count for segment in segments)
+        padded = [*segments[:-1], replace(last, count=last.count + surplus)]
+        self._fill(padded, batch_size)
+        if self.target is None:
+            return self._buffer, None
+        # Indexing by a list would wait for the device.
+        return self._buffer, torch.cat([self.target[s.image : s.image + 1].expand(s.count) for s in padded])
+
+    def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
+        with _model.autocast(self.x.device, self.autocast):
+            return _by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
+
+
+def _by_segment(segments: Sequence[Segment], scores: torch.Tensor, logits: torch.Tensor) -> list[Scored]:
+    row = 0
+    scored = []
+    for segment in segments:
+        rows = slice(row, row + segment.count)
+        scored.append(Scored(segment, scores[rows], logits[rows]))
+        row += segment.count
+    return scored
+
+
+def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
+    """The segments cut to ``rows`` rows in all."""
+    kept = []
+    for segment in segments:
+        if count := min(segment.count, rows):
+            kept.append(replace(segment, count=count))
+            rows -= count
+    return kept
