@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from _larger import larger
 from _operators import DTYPES, INTERPRETED, at_isa, backend, every_isa, needs_extension
 
 import robattr_fast as rf
@@ -107,8 +108,9 @@ if INTERPRETED:
     ]
 
 
+@pytest.mark.parametrize("fast_mode", [True, *larger(False)])
 @pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS[:2] if INTERPRETED else SETTINGS)
-def test_twice_against_differences(backend, feature_map, causal, normalize, masked):
+def test_twice_against_differences(backend, feature_map, causal, normalize, masked, fast_mode):
     (q, k, v), _, _ = arguments(HEADS, 1, 4, 4, 3, 2)
     if feature_map == "identity" and normalize:
         q, k = q.abs(), k.abs()  # the sum of the weights must keep away from 0
@@ -120,8 +122,8 @@ def test_twice_against_differences(backend, feature_map, causal, normalize, mask
         )
 
     tensors = [x.requires_grad_() for x in (q, k, v)]
-    torch.autograd.gradcheck(attention, tensors, fast_mode=INTERPRETED)
-    torch.autograd.gradgradcheck(attention, tensors, fast_mode=INTERPRETED)
+    torch.autograd.gradcheck(attention, tensors, fast_mode=fast_mode)
+    torch.autograd.gradgradcheck(attention, tensors, fast_mode=fast_mode)
 
 
 # N, D, Dv: one row, around the vector, the chunk (32 causal, else 64) and the segment (1024).
@@ -140,7 +142,7 @@ if INTERPRETED:
     SIZES = [(1, 1, 1), (50, 18, 5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, *larger(torch.float64)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
@@ -394,7 +396,7 @@ print((peak() - before) / (65536 * 64 * 4))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="memory of the C++ kernels")
-@pytest.mark.parametrize("kind", ["causal", "not"])
+@pytest.mark.parametrize("kind", ["causal", *larger("not")])
 def test_memory_is_linear(kind):
     needs_extension()
     done = subprocess.run(
@@ -409,7 +411,7 @@ def second_order_inputs():
     return [x.requires_grad_() for x in tensors], grad.requires_grad_(), [x.requires_grad_() for x in directions]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [*larger(False), True])
 @pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
 def test_opcheck(order, causal):
     tensors, grad, directions = second_order_inputs()
