@@ -8,6 +8,8 @@ import pytest
 
 import robattr_fast as rf
 
+pytestmark = pytest.mark.once
+
 # In a process of its own: the thresholds of this one must stay what they are.
 FAULTS = """
 import resource

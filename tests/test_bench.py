@@ -25,6 +25,8 @@ from robattr_fast.bench.worker import load, load_sides
 from robattr_fast.cli.app import app
 from robattr_fast.inputs import images
 
+pytestmark = pytest.mark.once
+
 SIDES, GATES = load_sides()
 CHECKOUT = (HERE / "benchmarks" / "__main__.py").exists() and records.git("rev-parse", "HEAD") is not None
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="git and the files of a checkout are what is tested")

@@ -7,6 +7,8 @@ from scipy.stats import binomtest, hypergeom
 
 from robattr_fast.certificates.verify.consistency import implausible, mean_refuted
 
+pytestmark = pytest.mark.once
+
 
 def test_tails_of_one_count():
     claimed, found = np.full(21, 30), np.arange(21)

@@ -27,6 +27,8 @@ from robattr_fast.reference import pack_levels
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference._select import selected
 
+pytestmark = pytest.mark.wheel
+
 __all__ = ["backend"]
 
 

@@ -16,6 +16,8 @@ from robattr_fast import Certificate
 from robattr_fast.certificates.theorems import marginal
 from robattr_fast.metrics.overlap import top_k
 
+pytestmark = pytest.mark.once
+
 RUNS, N, K, SIGMA, ALPHA = 2000, 40, 12, 0.5, 0.3
 ALLOWED = binom.ppf(0.9999, RUNS, ALPHA)
 CLASSES = np.array([0.52, 0.48])  # a close vote: the label is certified late, if at all

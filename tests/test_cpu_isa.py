@@ -15,7 +15,8 @@ import robattr_fast as rf
 from robattr_fast import _extension
 from robattr_fast.reference._pack_levels import packed_row_bytes
 
-pytestmark = pytest.mark.xdist_group("cpu_isa")  # one process finds the baseline, for all tests
+# One process finds the baseline, for all tests.
+pytestmark = [pytest.mark.xdist_group("cpu_isa"), pytest.mark.once, pytest.mark.wheel]
 
 
 def digest_of_all_kernels(isa: str) -> str:

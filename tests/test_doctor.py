@@ -8,6 +8,8 @@ import torch
 
 from robattr_fast import backends, doctor
 
+pytestmark = pytest.mark.wheel
+
 
 def test_every_operator_has_a_check():
     assert set(doctor.CHECKS) == set(backends.operators())

@@ -16,6 +16,8 @@ import robattr_fast as rf
 from robattr_fast import _extension, backends
 from robattr_fast.reference._select import selected
 
+pytestmark = pytest.mark.once
+
 # The cases of the CPU kernels.
 test_topk_against_sort = test_topk_threshold.test_against_sort
 test_every_k = test_topk_threshold.test_every_k

@@ -146,10 +146,11 @@ if INTERPRETED:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
-    batch = 1 if n > 1000 or INTERPRETED else 2
+    # Of few numbers the error of one computation may be small by chance: there are more images where they are small.
+    batch = 1 if n > 1000 or INTERPRETED else 2 if n > 2 else 64
     given = arguments(batch, HEADS, n, n, width, value_width, dtype)
     # Rows that see next to nothing are badly conditioned: eps is what their denominators are.
-    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, n)[:batch])
+    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(max(batch, 2), n)[:batch])
     check_accuracy(given, causal=causal, normalize=False)
 
 

@@ -22,6 +22,8 @@ from robattr_fast.certificates.engine import certify as engine
 from robattr_fast.cli.app import app
 from robattr_fast.report import picture
 
+pytestmark = pytest.mark.once
+
 IMAGES = 3
 
 

@@ -31,6 +31,8 @@ from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKC
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.reference import pack_levels
 
+pytestmark = pytest.mark.once
+
 SIGMA = 0.7
 
 

@@ -15,7 +15,7 @@ from robattr_fast.certificates.theorems.bounds import marginal_bounds
 from robattr_fast.metrics.overlap import top_k
 
 # One process trains the model and samples its certificates once, for all tests.
-pytestmark = pytest.mark.xdist_group("soundness")
+pytestmark = [pytest.mark.xdist_group("soundness"), pytest.mark.once]
 
 SIGMA, TAU, K = 0.5, 0.1, 80
 NOISES, STEPS, RESTARTS = 64, 50, 5

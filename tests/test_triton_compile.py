@@ -32,6 +32,8 @@ from robattr_fast.kernels import (  # noqa: E402
 )
 from robattr_fast.kernels._attention_tiles import Array, Side  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 ARCHITECTURES = [90, *larger(80, 100)]
 INTEGERS = ("n", "k_tau", "k_gamma", "passes", "span", "samples", "samples_per_program", "row_bytes", "m", "m2", "rows")
 INTEGERS += ("positions", "heads", "parts", "blocks", "size")
