@@ -20,6 +20,8 @@ from robattr_fast.certificates.engine import plan, run
 from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram
 from robattr_fast.sampling import sampler as sampling
 
+pytestmark = pytest.mark.wheel
+
 
 def images(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 1, 12, 12, generator=torch.Generator().manual_seed(3))

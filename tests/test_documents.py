@@ -12,6 +12,8 @@ import torch
 from _photos import write_photos
 from models import cnn_of_photographs
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "README.md").is_file():

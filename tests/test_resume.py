@@ -12,6 +12,7 @@ from pathlib import Path
 
 import _cli_models
 import pytest
+from _larger import larger
 from _photos import write_photos
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
@@ -20,6 +21,8 @@ from robattr_fast import Certificate
 from robattr_fast.certificates.engine import run
 from robattr_fast.cli.app import app
 from robattr_fast.report import picture
+
+pytestmark = pytest.mark.once
 
 IMAGES = 3
 
@@ -69,6 +72,8 @@ KILLED = textwrap.dedent("""
     from robattr_fast.report import picture
     from robattr_fast.cli.app import app
 
+    most = int(sys.argv.pop(1))
+
     def start():
         child = os.fork()
         if child == 0:
@@ -93,18 +98,19 @@ KILLED = textwrap.dedent("""
         if os.WIFEXITED(status):
             break
         kills += 1
-        if kills == 12:
+        if kills == most:
             status = os.waitpid(start(), 0)[1]
             break
     print(kills, os.waitstatus_to_exitcode(status))
     """)
 
 
-def test_killed_at_random_times(folder):
-    command = ["certify", "photos", "--model", "_cli_models:tiny", "--samples", "600", "--batch-size", "4"]
+@pytest.mark.parametrize(("samples", "most"), [(200, 3), *larger((600, 12))])
+def test_killed_at_random_times(folder, samples, most):
+    command = ["certify", "photos", "--model", "_cli_models:tiny", "--samples", str(samples), "--batch-size", "4"]
     search = os.pathsep.join([str(Path(__file__).parent), str(Path(run.__file__).parents[3])])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, *command],
+        [sys.executable, "-c", KILLED, str(most), *command],
         capture_output=True,
         text=True,
         timeout=600,
