@@ -22,6 +22,7 @@ from robattr_fast.certificates.theorems.bounds import sample_mean
 from robattr_fast.certificates.theorems.label import Prediction
 from robattr_fast.errors import CertificateFileError, MergeError
 from robattr_fast.metrics.overlap import top_k
+from robattr_fast.model import neutral_methods
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
 
@@ -39,6 +40,7 @@ class Overlap(NamedTuple):
     """The method that certifies it, an array of strings of the same shape."""
 
 
+@neutral_methods
 class Certificate:
     """What q noisy samples per image prove about B smoothed maps of shape [*M], n elements each.
 

@@ -29,6 +29,7 @@ from robattr_fast.sampling.sampler import Sampler, prepared
 _MEASURED = torch.bfloat16  # what autocast="auto" tries
 
 
+@_model.neutral()
 def certify(
     model: nn.Module,
     x: torch.Tensor,
@@ -166,7 +167,8 @@ def certify(
         )
         map = dataclasses.replace(map, autocast=_model.dtype_named(earlier.autocast))
     with torch.autocast(x.device.type, enabled=False):
-        sampler = prepared(model, x, map, stream)
+        sampler = prepared(model, x, map, stream, counted=(first_sample, first_sample + samples))
+        _model.check_classes(sampler.classes)
         fused = fused_sampling(settings, sampler)
         if fused is not None:
             settings = dataclasses.replace(settings, backends=settings.backends | {"mlp_smoothgrad": "triton"})

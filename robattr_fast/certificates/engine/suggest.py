@@ -98,6 +98,7 @@ class Suggestion:
         return "\n".join(lines)
 
 
+@_model.neutral()
 def suggest(
     model: nn.Module,
     x: torch.Tensor,
@@ -175,6 +176,7 @@ def suggest(
     _check.integer("k", k, 1, wanted[0].n // 2)
 
     sampler = prepared(model, x, scored, stream)
+    _model.check_classes(sampler.classes)
     sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
     found: list[list[_Expected]] = [[] for _ in maps]
     for image in range(x.shape[0]):

@@ -51,6 +51,7 @@ class Replay:
     """What of the recorded environment is not as it is here. If empty, repeated samples must be equal bit for bit."""
 
 
+@_model.neutral()
 def replay(
     cert: Certificate,
     model: nn.Module,
