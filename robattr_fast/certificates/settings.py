@@ -8,7 +8,7 @@ import torch
 
 from robattr_fast.certificates.ledger import AlphaLedger
 from robattr_fast.certificates.theorems.bounds import check_bound
-from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name
+from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name, other_model
 from robattr_fast.sampling.map import Map
 
 NONFINITE = ("raise", "zero", "abstain")
@@ -24,9 +24,8 @@ SAME_MAP = (
     "explain",
     "target",
     "autocast",
-    "model_fingerprint",
 )
-"""Fields that define the smoothed map."""
+"""Fields that define the smoothed map, but for the model: that is told by `Settings.other_model`."""
 
 PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
 """Fields with one entry per image."""
@@ -71,6 +70,7 @@ class Settings:
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         autocast: name of the dtype in which the model ran under torch.autocast; None: without.
         model_fingerprint, input_hashes: of the model, and of each image.
+        model_identity: what else tells the model and its method from others, see `model.other_model`.
         device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
             taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
             (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
@@ -102,6 +102,7 @@ class Settings:
     exploration: Evaluation | None = None
     autocast: str | None = None
     model_fingerprint: str | None = None
+    model_identity: dict[str, Any] | None = None
     input_hashes: tuple[str, ...] | None = None
     device: str | None = None
     batch_size: int | None = None
@@ -200,6 +201,10 @@ class Settings:
         declared = _resolved(evaluation) == self.declared
         return dataclasses.replace(self, exploration=None if declared else evaluation)
 
+    def other_model(self, other: "Settings") -> str | None:
+        """Why model or method cannot be the same as those of other settings; None where nothing speaks against it."""
+        return other_model(self.model_fingerprint, self.model_identity, other.model_fingerprint, other.model_identity)
+
     def select(self, images: list[int]) -> "Settings":
         """The settings of some of the images."""
         chosen: dict[str, Any] = {}
@@ -241,4 +246,6 @@ def _resolved(evaluation: Evaluation) -> Evaluation:
 
 def _frozen(value: Any) -> Any:
     """Lists become tuples, as they were before JSON."""
+    if isinstance(value, dict):
+        return {name: _frozen(item) for name, item in value.items()}
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -21,9 +21,18 @@ from robattr_fast.model.gradient import (
     scores,
     selected_logits,
 )
-from robattr_fast.model.identity import explanation_name, fingerprint, input_hash, is_identified
+from robattr_fast.model.identity import (
+    callable_fingerprint,
+    explanation_name,
+    fingerprint,
+    first_fingerprint,
+    input_hash,
+    is_identified,
+    other_model,
+)
 from robattr_fast.model.output import check_classes, checked_logits, logits_in
 from robattr_fast.model.private import batch_sizes, check_mode, private_copy, unwrapped
+from robattr_fast.model.probe import behaviour, other_behaviour
 from robattr_fast.model.surroundings import neutral, neutral_methods, users_defaults
 
 __all__ = [
@@ -34,6 +43,8 @@ __all__ = [
     "apart",
     "autocast",
     "batch_sizes",
+    "behaviour",
+    "callable_fingerprint",
     "check_classes",
     "check_fixed",
     "check_mode",
@@ -44,6 +55,7 @@ __all__ = [
     "dtype_named",
     "explanation_name",
     "fingerprint",
+    "first_fingerprint",
     "forward",
     "gradients_apart",
     "input_gradient",
@@ -53,6 +65,8 @@ __all__ = [
     "logits_in",
     "neutral",
     "neutral_methods",
+    "other_behaviour",
+    "other_model",
     "private_copy",
     "scores",
     "selected_logits",

@@ -11,7 +11,7 @@ from torch import nn
 
 from robattr_fast.errors import ModelError
 from robattr_fast.model.hooks import settle
-from robattr_fast.model.output import checked_logits
+from robattr_fast.model.output import checked_logits, logits_in
 from robattr_fast.model.surroundings import users_defaults
 
 # callable(model, batch [N, *S], target [N] or None) -> scores [N, *S]
@@ -62,7 +62,17 @@ def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         raise ModelError(
             f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}{_hint(error, batch)}"
         ) from error
+    if not isinstance(returned, torch.Tensor):
+        _forms[model] = logits_in(returned)[1]
     return checked_logits(returned, batch)
+
+
+_forms: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def output_form(model: nn.Module) -> str:
+    """Where in what the model returned `forward` has found the logits: see `output.logits_in`; "" for a tensor."""
+    return _forms.get(model, "")
 
 
 def _hint(error: Exception, batch: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -138,6 +138,37 @@ class Sampler:
     def _scored(self, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._run(segments, self.batch_size)
         return torch.cat([one.scores.clone() for one in found]), torch.cat([one.logits.clone() for one in found])
+
+    def behaviour(self, autocast: torch.dtype | None) -> dict[str, Any]:
+        """What the model does with a few fixed inputs under ``autocast``, see `model.behaviour`."""
+        return self.sparing(
+            lambda: _model.behaviour(self.model, self.x, self.explain, autocast, rows=self._clamped(self._few()))
+        )
+
+    def _few(self) -> int:
+        return min(self.batch_size, _FIRST_ROWS)
+
+    def witness(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, logits) of a few pilot samples, as the run takes its own. Steps that were captured are dropped."""
+        rows = self._clamped(self._few())
+        (found,) = self._run([self._pilot(rows)], rows)
+        return found.scores.clone(), found.logits.clone()
+
+    def check_witness(self, before: tuple[torch.Tensor, torch.Tensor], since: str) -> None:
+        """ModelError if the model now does something else with the pilot samples than `witness` gave."""
+        scores, logits = self.sparing(self.witness)
+        rows = min(len(scores), len(before[0]))  # memory may have ended in between
+        known = before[0][:rows].to(scores.device), before[1][:rows].to(logits.device)
+        far, _ = _model.apart(logits[:rows], known[1], _model.competing(known[1]), self._eps(logits))
+        same = (logits[:rows].argmax(dim=1) == known[1].argmax(dim=1)).nonzero()[:, 0]
+        turned = _model.gradients_apart(scores[:rows][same], known[0][same])
+        half_digits = self._half_digits(logits)
+        if far > half_digits or turned > max(_model.GRADIENT, 4 * half_digits):
+            raise ModelError(
+                f"model: it is not the function that it was {since} (logits differ by {far:.1e} of those that compete, "
+                f"scores by {turned:.1e}): it changes while it is called, or was changed; expected a fixed function of "
+                "each row"
+            )
 
     def _pilot(self, count: int) -> Segment:
         """Samples of the first image that no run counts: what decides between maps must not see those of the map."""

@@ -439,7 +439,7 @@ class Certificate:
         return rows.view(len(self), *self.settings.shape)
 
     def _check_query(self, k: int, method: str) -> None:
-        if isinstance(k, bool) or not isinstance(k, int):
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
             raise TypeError(f"k must be an int, got {type(k).__name__}")
         if not 1 <= k <= self.settings.n // 2:
             raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
