@@ -341,3 +341,11 @@ def test_gaps_of_theorems_2_3_and_membership():
         inside, outside = exact.quantile(low[j]) - rival, bar - exact.quantile(high[j])
         assert stays_in[j].item() == pytest.approx(max(0.0, float(sigma / 2 * inside)), rel=1e-12)
         assert stays_out[j].item() == pytest.approx(max(0.0, float(sigma / 2 * outside)), rel=1e-12)
+
+
+def test_radius_at_the_ends_of_the_distance():
+    """Distances are to stay below: at e_q itself, and at the cap, that is no radius and not every radius."""
+    still = SecondMoments(0.25, 512, 40, 20.0, 0.0, 1.3, 0.0, 1.0)
+    assert (still.radius(1.3), still.radius(1.4)) == (0.0, math.inf)
+    moving = SecondMoments(0.25, 512, 40, 20.0, 0.0, 1.3, 85.0, 1.0)
+    assert moving.radius(math.sqrt(440)) < moving.radius(math.sqrt(441)) == math.inf
