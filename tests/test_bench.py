@@ -178,7 +178,7 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_peers_of_attention_compute_the_same_derivatives(causal):
-    sides = load("operator_sides")
+    sides = load("attention_sides")
     spec = {**spec_of("attention."), "causal": causal}
     given = [x.double() for x in sides._attention_given(spec)]
     expected = sides.attention_derivatives(rf.linear_attention, given, causal)
