@@ -219,15 +219,27 @@ def _triple_backward(ctx, *grads):
     def define(*tensors):
         with torch.autocast(tensors[0].device.type, enabled=False):
             return definition_of_double_backward(
-                *tensors,
-                feature_map=feature_map,
-                causal=causal,
-                normalize=normalize,
-                key_padding_mask=mask,
-                eps=eps,
+                *tensors, feature_map=feature_map, causal=causal, normalize=normalize, key_padding_mask=mask, eps=eps
             )
 
-    return torch.func.vjp(define, *tensors)[1](grads)
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(define, *tensors)[1](grads)
+    # As torch.func does it, which knows no hooks for saved tensors.
+    with torch.enable_grad():
+        # Views, because one tensor may be several arguments, and each has its own gradient.
+        inputs = [x.view_as(x) for x in tensors]
+        outputs = define(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in reached],
+        wanted,
+        [grad for _, grad in reached],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    gradients = iter(found)
+    return tuple(next(gradients) if x.requires_grad else None for x in inputs)
 
 
 _operator = register(

@@ -151,7 +151,7 @@ def _backward(ctx, grad):
 
 
 def _jvp(ctx, tangent, *_):
-    return tangent.to(ctx.dtype)[:, None].expand(-1, ctx.num_samples, *tangent.shape[1:]).contiguous()
+    return tangent.to(ctx.dtype)[:, None].expand(-1, ctx.num_samples, *tangent.shape[1:])
 
 
 def _of_each(info, in_dims, x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, *rest):

@@ -81,7 +81,7 @@ def _backward(ctx, grad):
 
 def _jvp(ctx, tangent, *_):
     if ctx.levels is not None:
-        return None
+        return torch.zeros_like(ctx.saved_tensors[1])
     active, s, g, index = _moving(ctx)
     tangent = tangent.to(s.dtype)
     return torch.where(active, tangent - torch.where(active, s / g, 0.0) * tangent.gather(-1, index), 0.0) / g
