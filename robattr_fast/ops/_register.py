@@ -59,7 +59,9 @@ def register(
 
     def complete(args):
         # The dispatcher leaves out what equals its default.
-        return (*args, *(argument.default_value for argument in schema[len(args) :]))
+        return (
+            args if len(args) == len(schema) else (*args, *(argument.default_value for argument in schema[len(args) :]))
+        )
 
     def run(*args):
         args = complete(args)
