@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from robattr_fast.errors import BackendError
+
+# The levels of csrc/cpu/isa.h: what the CPU kernels are compiled for, each with what the one before it has.
+CPU_ISAS = ("baseline", "avx2", "avx512")
 
 
 @functools.cache
@@ -18,6 +22,7 @@ def load() -> tuple[bool, str]:
     """Load the extension once: (True, its path), or (False, why there is none).
 
     ROBATTR_FAST_REQUIRE_EXT=1 turns a missing extension into BackendError, ROBATTR_FAST_DISABLE_EXT=1 ignores it.
+    An instruction set in ROBATTR_FAST_CPU_ISA that is unknown or that this CPU lacks is a ValueError.
     """
     if os.environ.get("ROBATTR_FAST_DISABLE_EXT") == "1":
         return False, "the extension is disabled by ROBATTR_FAST_DISABLE_EXT=1"
@@ -30,9 +35,12 @@ def load() -> tuple[bool, str]:
             continue
         try:
             torch.ops.load_library(path)
+            _set_isa(str(path), os.environ.get("ROBATTR_FAST_CPU_ISA", ""))
             return True, str(path)
         except OSError as error:
             reason = f"the extension at {path} does not load: {error}"
+        except AttributeError:  # it has none of the functions that are looked up by name
+            reason = f"the extension at {path} was built from other sources (python -m robattr_fast.build compiles it)"
     if os.environ.get("ROBATTR_FAST_REQUIRE_EXT") == "1":
         raise BackendError(f"ROBATTR_FAST_REQUIRE_EXT=1, but {reason}")
     return False, reason
@@ -47,6 +55,45 @@ def outdated(library: Path) -> str:
         return ""
     newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
     return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
+
+
+def choose_cpu_isa(wanted: str, has: Sequence[str]) -> str:
+    """The instruction set that ROBATTR_FAST_CPU_ISA asks for by ``wanted`` on a CPU that ``has`` these; "" asks for
+    the last, the widest. ValueError where it is none of them."""
+    if wanted and wanted not in has:
+        raise ValueError(f"ROBATTR_FAST_CPU_ISA: got {wanted!r}, expected one of {', '.join(has)}, which this CPU has")
+    return wanted or has[-1]
+
+
+def _set_isa(path: str, wanted: str) -> None:
+    library = ctypes.CDLL(path)
+    library.robattr_fast_cpu_isa_use(CPU_ISAS.index(choose_cpu_isa(wanted, _isas(library))))
+
+
+def _isas(library: ctypes.CDLL) -> tuple[str, ...]:
+    return CPU_ISAS[: library.robattr_fast_cpu_isa_widest() + 1]
+
+
+def _loaded() -> str:
+    loaded, where = load()
+    if not loaded:
+        raise BackendError(where)
+    return where
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Those of CPU_ISAS that this CPU has. BackendError without the extension."""
+    return _isas(ctypes.CDLL(_loaded()))
+
+
+def cpu_isa() -> str:
+    """The instruction set in use. BackendError without the extension."""
+    return CPU_ISAS[ctypes.CDLL(_loaded()).robattr_fast_cpu_isa()]
+
+
+def set_cpu_isa(wanted: str) -> None:
+    """Use this instruction set from now on, as ROBATTR_FAST_CPU_ISA makes it from the start; "" for the widest."""
+    _set_isa(_loaded(), wanted)
 
 
 def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

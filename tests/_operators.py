@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
@@ -21,6 +22,25 @@ def needs_extension() -> None:
     built, reason = _extension.load()
     if not built:
         pytest.skip(reason)
+
+
+every_isa = pytest.mark.parametrize("isa", _extension.CPU_ISAS)
+
+
+@contextlib.contextmanager
+def at_isa(isa: str):
+    """The CPU kernels at one instruction set; skips where this CPU lacks it."""
+    needs_extension()
+    has = _extension.cpu_isas()
+    if isa not in has:
+        pytest.skip(f"this CPU lacks {isa}, it has {', '.join(has)}")
+    before = _extension.cpu_isa()
+    _extension.set_cpu_isa(isa)
+    try:
+        with backends.use("cpu", strict=True):
+            yield
+    finally:
+        _extension.set_cpu_isa(before)
 
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.

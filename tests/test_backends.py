@@ -14,6 +14,8 @@ import torch
 
 from robattr_fast import BackendError, _extension, backends, build
 
+pytestmark = pytest.mark.wheel
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -25,6 +25,8 @@ from robattr_fast.bench.worker import load, load_sides
 from robattr_fast.cli.app import app
 from robattr_fast.inputs import images
 
+pytestmark = pytest.mark.once
+
 SIDES, GATES = load_sides()
 CHECKOUT = (HERE / "benchmarks" / "__main__.py").exists() and records.git("rev-parse", "HEAD") is not None
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="git and the files of a checkout are what is tested")
@@ -269,6 +271,11 @@ def test_no_figure_on_a_red_gate(tmp_path, monkeypatch):
     assert record["sides"] == {}
     assert record["ratios"] == []
     assert records.latest([record], "small") is None
+
+
+@pytest.mark.slow
+def test_the_command_shows_no_figure_on_a_red_gate(monkeypatch):
+    monkeypatch.setattr(Process, "gate", lambda self, gate, spec: "it computes something else")
     monkeypatch.setattr(registry, "ENTRIES", (SMALL,))
     answer = CliRunner().invoke(app, ["bench", "--no-record"])
     assert answer.exit_code == 1
@@ -297,6 +304,7 @@ def test_the_command_refuses(arguments, message):
     assert message in answer.output
 
 
+@pytest.mark.slow
 def test_a_tree_is_measured_beside_another(tmp_path):
     """The other tree is this one with a slower operator: the sides measure what they were told to measure."""
     package = tmp_path / "robattr_fast"
@@ -497,6 +505,11 @@ def test_both_faces_are_one_command():
     )
     assert answer.returncode == 2
     assert "only: got 'P99'" in answer.stderr
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_the_documents_are_checked_by_a_command():
     check = subprocess.run([sys.executable, "-m", "benchmarks", "render", "--check"], cwd=HERE, timeout=120)
     assert check.returncode == 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _larger import larger
 
 from robattr_fast import build
 
@@ -16,6 +17,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources cannot be compiled here"),
     pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run without a checkout: no csrc beside them"),
 ]
@@ -44,9 +46,8 @@ def compile_source(source: Path, target: Path, *flags: str) -> None:
     assert "warning" not in result.stderr, result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", ["topk_threshold", "count_sparsified"])
-@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
+@pytest.mark.parametrize("operator", ["topk_threshold", *larger("count_sparsified")])
+@pytest.mark.parametrize("architecture", [90, *larger(80, 100)])
 def test_instructions_and_resources(architecture, operator, tmp_path):
     cubin = tmp_path / "kernels.cubin"
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

@@ -11,6 +11,8 @@ from robattr_fast import _extension, backends, build
 from robattr_fast.cli import app, doctor
 from robattr_fast.ops import _selfcheck
 
+pytestmark = pytest.mark.wheel
+
 
 def test_every_operator_has_a_check():
     assert set(_selfcheck.CHECKS) == set(backends.operators())

@@ -19,6 +19,8 @@ from robattr_fast.bench.measure import OURS
 from robattr_fast.bench.run import run_entry
 from robattr_fast.bench.worker import load_sides
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "benchmarks").is_dir():

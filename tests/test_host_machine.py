@@ -5,6 +5,8 @@ import subprocess
 import host_cuda
 import pytest
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def run():

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 import torch
-from _operators import DTYPES, INTERPRETED, backend, needs_extension
+from _larger import larger
+from _operators import DTYPES, INTERPRETED, at_isa, backend, every_isa, needs_extension
 
 import robattr_fast as rf
 from robattr_fast.reference.linear_attention import FEATURE_MAPS, features
@@ -107,8 +108,9 @@ if INTERPRETED:
     ]
 
 
+@pytest.mark.parametrize("fast_mode", [True, *larger(False)])
 @pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS[:2] if INTERPRETED else SETTINGS)
-def test_twice_against_differences(backend, feature_map, causal, normalize, masked):
+def test_twice_against_differences(backend, feature_map, causal, normalize, masked, fast_mode):
     (q, k, v), _, _ = arguments(HEADS, 1, 4, 4, 3, 2)
     if feature_map == "identity" and normalize:
         q, k = q.abs(), k.abs()  # the sum of the weights must keep away from 0
@@ -120,8 +122,8 @@ def test_twice_against_differences(backend, feature_map, causal, normalize, mask
         )
 
     tensors = [x.requires_grad_() for x in (q, k, v)]
-    torch.autograd.gradcheck(attention, tensors, fast_mode=INTERPRETED)
-    torch.autograd.gradgradcheck(attention, tensors, fast_mode=INTERPRETED)
+    torch.autograd.gradcheck(attention, tensors, fast_mode=fast_mode)
+    torch.autograd.gradgradcheck(attention, tensors, fast_mode=fast_mode)
 
 
 # N, D, Dv: one row, around the vector, the chunk (32 causal, else 64) and the segment (1024).
@@ -140,14 +142,15 @@ if INTERPRETED:
     SIZES = [(1, 1, 1), (50, 18, 5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, *larger(torch.float64)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
-    batch = 1 if n > 1000 or INTERPRETED else 2
+    # Of few numbers the error of one computation may be small by chance: there are more images where they are small.
+    batch = 1 if n > 1000 or INTERPRETED else 2 if n > 2 else 64
     given = arguments(batch, HEADS, n, n, width, value_width, dtype)
     # Rows that see next to nothing are badly conditioned: eps is what their denominators are.
-    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, n)[:batch])
+    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(max(batch, 2), n)[:batch])
     check_accuracy(given, causal=causal, normalize=False)
 
 
@@ -367,34 +370,13 @@ def test_bits_do_not_depend_on_threads(n, causal):
             assert torch.equal(other[name], found[0][name]), name
 
 
-_ISA_PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_linear_attention import arguments, check_accuracy, mask_of
-import torch, robattr_fast as rf
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    given = arguments(2, 2, 70, 70, 24, 20, dtype)
     for causal in (False, True):
-        given = arguments(2, 2, 70, 70, 24, 20, dtype)
-        with rf.backends.use("cpu", strict=True):
+        with at_isa(isa):
             check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, 70))
-"""
-
-
-@pytest.mark.skipif(INTERPRETED, reason="instruction sets of the C++ kernels")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    needs_extension()
-    done = subprocess.run(
-        [sys.executable, "-c", _ISA_PROGRAM, os.path.dirname(__file__)],
-        env=os.environ | {"ROBATTR_FAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if f"got {isa}, this CPU has" in done.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert done.returncode == 0, done.stderr
 
 
 _MEMORY_PROGRAM = """
@@ -415,7 +397,7 @@ print((peak() - before) / (65536 * 64 * 4))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="memory of the C++ kernels")
-@pytest.mark.parametrize("kind", ["causal", "not"])
+@pytest.mark.parametrize("kind", ["causal", *larger("not")])
 def test_memory_is_linear(kind):
     needs_extension()
     done = subprocess.run(
@@ -430,7 +412,7 @@ def second_order_inputs():
     return [x.requires_grad_() for x in tensors], grad.requires_grad_(), [x.requires_grad_() for x in directions]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [*larger(False), True])
 @pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
 def test_opcheck(order, causal):
     tensors, grad, directions = second_order_inputs()

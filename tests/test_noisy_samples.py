@@ -12,6 +12,8 @@ import robattr_fast as rf
 from robattr_fast import reference
 from robattr_fast.reference.noisy_samples import normals, philox4x32
 
+pytestmark = pytest.mark.wheel
+
 __all__ = ["backend"]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from _operators import (
     DTYPES,
     INTERPRETED,
@@ -74,7 +75,7 @@ def test_against_bisection(backend, row, share, ratio, step):
 
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
-@pytest.mark.parametrize("ratio", [1e-4, 0.03])
+@pytest.mark.parametrize("ratio", [*larger(1e-4), 0.03])
 def test_long_rows(backend, kind, ratio):
     row = make_row(kind, LONG, seed=1)
     for k in (800, LONG - 1):
