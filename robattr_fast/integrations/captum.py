@@ -171,9 +171,9 @@ class NoiseTunnel(Attribution):
             raise ValueError(f"nt_type: got {nt_type!r}, takes one of {', '.join(TYPES)}")
         if draw_baseline_from_distrib:
             raise ValueError("draw_baseline_from_distrib: got True, takes False: the samples would not be reproducible")
-        _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
+        nt_samples = _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
         chunk = nt_samples if nt_samples_batch_size is None else nt_samples_batch_size
-        _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
+        chunk = _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
         images = inputs if isinstance(inputs, tuple) else (inputs,)
         sigmas = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(images)
         if len(sigmas) != len(images):

@@ -49,7 +49,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 7, data_range: float
     check_pair(a, b)
     if a.dim() not in (3, 4):
         raise ValueError(f"a, b: got shape {tuple(a.shape)}, expected [B, H, W] or [B, C, H, W]")
-    _check.integer("window", window, 3, min(a.shape[-2:]))
+    window = _check.integer("window", window, 3, min(a.shape[-2:]))
     if window % 2 == 0:
         raise ValueError(f"window: got {window}, expected an odd number")
     x, y = (maps.double().view(len(maps), -1, *maps.shape[-2:]) for maps in (a, b))
