@@ -159,7 +159,7 @@ class NoiseTunnel(Attribution):
             nt_type: what is computed of the attributions of the copies.
             nt_samples: number of copies per image.
             nt_samples_batch_size: copies per image in one call of the method; None: all at once.
-            stdevs: standard deviation of the noise, one or one per input.
+            stdevs: standard deviation of the noise, one or one per input; 0 leaves an input as it is.
             kwargs: what the method's ``attribute`` takes. Tensors and lists with one entry per image are repeated for
                 its copies.
 
@@ -201,14 +201,18 @@ class NoiseTunnel(Attribution):
 
     def _noisy(self, x: torch.Tensor, sigma: float, count: int, index: int, first: int) -> torch.Tensor:
         """[B * count, *S]: the copies of one image next to each other."""
-        noisy = noisy_samples(
-            x.detach(),
-            _check.positive("stdevs", sigma),
-            count,
-            seed=(self.seed + index) % 2**64,
-            first_sample=first,
-            image_ids=check_image_ids(self.image_ids, x),
-        ).flatten(0, 1)
+        sigma = _check.not_negative("stdevs", sigma)
+        if sigma == 0:
+            noisy = x.detach().repeat_interleave(count, dim=0)
+        else:
+            noisy = noisy_samples(
+                x.detach(),
+                sigma,
+                count,
+                seed=(self.seed + index) % 2**64,
+                first_sample=first,
+                image_ids=check_image_ids(self.image_ids, x),
+            ).flatten(0, 1)
         return noisy.requires_grad_(isinstance(self.attribution_method, GradientAttribution))
 
 

@@ -35,13 +35,18 @@ def comparable_dtype(scores: torch.Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def positive(name: str, value: float) -> float:
-    """A finite number above zero."""
+def positive(name: str, value: float, expected: str = "a finite number > 0") -> float:
+    """A finite number above zero; ``expected`` is what an error says."""
     if not isinstance(value, _REAL):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a finite number > 0")
+        raise TypeError(f"{name}: got {type(value).__name__}, takes {expected}")
     if not 0 < value < math.inf:  # torch.compile traces no math.isfinite of a number that varies
-        raise ValueError(f"{name}: got {value}, takes a finite number > 0")
+        raise ValueError(f"{name}: got {value}, takes {expected}")
     return float(value)
+
+
+def not_negative(name: str, value: float) -> float:
+    """A finite number, zero or above."""
+    return 0.0 if isinstance(value, _REAL) and value == 0 else positive(name, value, expected="a finite number >= 0")
 
 
 def temperature(value: float) -> float:
