@@ -8,6 +8,8 @@ from torch._dynamo.backends.debugging import aot_eager
 import robattr_fast as rf
 from robattr_fast.nn import KernelAttention, KernelSelfAttention, kernel_attention, kernelize
 
+pytestmark = pytest.mark.once
+
 
 def encoder():
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)

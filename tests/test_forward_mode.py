@@ -345,6 +345,7 @@ def test_vmap_is_refused_where_an_argument_is_written_into():
         vmap(lambda c, x: rf.mlp_smoothgrad(c, x, [weight], [bias], 0.1, 2, 0.5))(counts, torch.rand(3, 1, 6))
 
 
+@pytest.mark.once
 @pytest.mark.skipif(INTERPRETED, reason="what is traced is the operator, not its backend")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward_over_reverse_under_compile(name):

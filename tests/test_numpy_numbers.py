@@ -9,6 +9,8 @@ from torch import nn
 
 import robattr_fast as rf
 
+pytestmark = pytest.mark.once
+
 N = np.int64
 X = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
 COUNTS = torch.tensor([[[1], [3], [0]]], dtype=torch.int32)

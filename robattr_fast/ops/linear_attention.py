@@ -54,9 +54,10 @@ def linear_attention(
     Returns:
         [B, H, Nq, Dv] in the dtype of q; sums are float32, for float64 float64. A row that sees nothing, or whose
         denominator is 0 (or so small that its reciprocal overflows), gives zeros, and so are its gradients.
-        Differentiable to every order in q, k and v; the first and second derivatives have kernels of their own, linear
-        in time and memory, and only inputs are kept for them. Higher ones go through the definition, which is
-        quadratic. Under autocast q, k and v are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+        Differentiable to every order in q, k and v, in reverse and forward mode; the first and second derivatives, and
+        forward over reverse, have kernels of their own, linear in time and memory, and only inputs are kept for them.
+        Higher ones go through the definition, which is quadratic. Under autocast q, k and v are cast as
+        torch.nn.functional.scaled_dot_product_attention casts them.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
