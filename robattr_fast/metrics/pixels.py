@@ -77,7 +77,7 @@ def image_grid(images: torch.Tensor) -> torch.Tensor:
 
 def grid_regions(height: int, width: int, side: int = 2) -> torch.Tensor:
     """The cells of a side x side grid of this size in pixels, bool [side * side, height, width], as `image_grid`."""
-    _check.integer("side", side, 1, 2**15)
+    side = _check.integer("side", side, 1, 2**15)
     for name, length in (("height", height), ("width", width)):
         if _check.integer(name, length, 1, 2**31 - 1) % side:
             raise ValueError(f"{name}: got {length}, expected a multiple of {side}")
