@@ -6,7 +6,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -84,6 +85,17 @@ def set_cpu_isa(wanted: str) -> None:
     _set_isa(_loaded(), wanted)
 
 
+def outdated(library: Path) -> str:
+    """What to do where the sources of a checkout have changed since ``library`` was built beside them; else nothing."""
+    from robattr_fast import build
+
+    csrc = build.csrc_folder()
+    if library != build.installed_library() or csrc.is_relative_to(library.parent):
+        return ""
+    newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
+    return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
+
+
 def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """`backends.Implementation.can_run` of every C++ CPU kernel."""
     if device.type != "cpu":
@@ -91,14 +103,19 @@ def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return load()
 
 
-def can_run_cuda(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """`backends.Implementation.can_run` of the CUDA C++ kernel ``robattr_fast_C::operator``, bound to its name."""
-    if device.type != "cuda":
-        return False, f"the cuda backend takes CUDA tensors, got {device}"
-    loaded, reason = load()
-    if loaded and not torch._C._dispatch_has_kernel_for_dispatch_key(f"robattr_fast_C::{operator}", "CUDA"):
-        return False, "the extension was built without CUDA (needs nvcc >= 12.8 and a torch with CUDA at build time)"
-    return loaded, reason
+def can_run_cuda(operator: str) -> Callable[[torch.device, torch.dtype], tuple[bool, str]]:
+    """`backends.Implementation.can_run` of the CUDA C++ kernel ``robattr_fast_C::operator``."""
+
+    def can_run(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        if device.type != "cuda":
+            return False, f"the cuda backend takes CUDA tensors, got {device}"
+        loaded, reason = load()
+        if loaded and not torch._C._dispatch_has_kernel_for_dispatch_key(f"robattr_fast_C::{operator}", "CUDA"):
+            reason = "was built without CUDA (needs nvcc >= 12.8 and a torch with CUDA at build time)"
+            return False, f"the extension {reason}"
+        return loaded, reason
+
+    return can_run
 
 
 def can_run_triton(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

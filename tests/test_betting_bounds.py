@@ -32,7 +32,7 @@ def defined_log_wealth(counts: np.ndarray, samples: int, mean: np.longdouble) ->
     levels = len(counts)
     all_counts = [samples - counts.sum(), *counts]
     logs = []
-    for share in betting_shares().tolist():
+    for share in betting_shares(torch.device("cpu")).tolist():
         b = np.longdouble(share)
         logs.append(sum(np.longdouble(c) * np.log((1 - b) + b * v / levels / mean) for v, c in enumerate(all_counts)))
     largest = max(logs)
@@ -62,7 +62,7 @@ def reaches(counts: list[int], samples: int, mean: mpf, delta: float) -> bool:
     """Whether W(mean) >= 1/delta, to 40 digits; counts of the levels 1..L."""
     unit = 1 / (len(counts) * mean)
     terms = [(level, count) for level, count in enumerate([samples - sum(counts), *counts]) if count]
-    shares = [mpf(b) for b in betting_shares().tolist()]
+    shares = [mpf(b) for b in betting_shares(torch.device("cpu")).tolist()]
     wealth = mp.fsum(mp.fprod((1 - b + b * level * unit) ** count for level, count in terms) for b in shares)
     return wealth * mpf(delta) >= len(shares)
 
@@ -171,7 +171,7 @@ def test_certificates_use_the_operator(monkeypatch):
     used = []
     implementation = backends.choose("betting_bounds", torch.device("cpu"), torch.int32)[1]
     recorded = backends.Implementation(
-        lambda *arguments: used.append(len(arguments)) or implementation(*arguments), lambda *_: (True, "")
+        lambda *args, out: used.append(len(args)) or implementation(*args, out=out), lambda *_: (True, "")
     )
     monkeypatch.setitem(backends._registry["betting_bounds"], "cpu", recorded)
     with backends.use("cpu"):

@@ -78,12 +78,12 @@ def backend(machine, monkeypatch):
     def next_machine():
         return machine(devices[next(calls) % len(devices)])
 
-    def topk_threshold(scores, out, k):
+    def topk_threshold(scores, k, *, out):
         next_machine().topk_threshold(out.view(-1), scores.reshape(-1, scores.shape[-1]), k)
 
-    def count_sparsified_(scores, counts, invalid, packed, tau, gamma):
+    def count_sparsified_(counts, scores, tau, gamma, packed, *, out):
         n = scores.shape[-1]
-        next_machine().count_sparsified_(counts, invalid, packed, scores, selected(tau, n), selected(gamma, n))
+        next_machine().count_sparsified_(counts, out, packed, scores, selected(tau, n), selected(gamma, n))
 
     for function in (topk_threshold, count_sparsified_):
         implementation = backends.Implementation(function, _extension.can_run_anywhere)

@@ -25,7 +25,7 @@ FLOORS = [
     {"attributions", "certificates"},
     {"report", "integrations"},
     {"jobs", "attacks"},
-    {"bench", "training", "doctor"},
+    {"bench", "training"},
     {"cli"},
     {"__main__", "__init__"},
 ]

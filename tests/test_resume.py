@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import robattr_fast
 from robattr_fast import Certificate
-from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.engine import run
 from robattr_fast.cli.app import app
 from robattr_fast.report import picture
 
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a folder of photographs; checkpoints are written after every batch."""
     write_photos(tmp_path / "photos", IMAGES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(picture, "certificate_figure", plain_figure)
     return tmp_path
 
@@ -69,7 +69,7 @@ KILLED = textwrap.dedent("""
     # Imports once, then forks a run of the command again and again and kills it at random times.
     import contextlib, os, random, shutil, signal, sys, time
     import matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image, scipy.stats, torch
-    from robattr_fast.certificates.engine import certify as engine
+    from robattr_fast.certificates.engine import run
     from robattr_fast.report import picture
     from robattr_fast.cli.app import app
 
@@ -85,7 +85,7 @@ KILLED = textwrap.dedent("""
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            engine._CHECKPOINT_SECONDS = 0.0
+            run.CHECKPOINT_SECONDS = 0.0
             try:
                 app(sys.argv[1:], prog_name="robattr-fast")
             except SystemExit as end:

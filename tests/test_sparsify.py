@@ -187,7 +187,9 @@ def test_backward_in_another_thread_keeps_the_backend(monkeypatch):
     """Autograd's threads of CUDA devices do not inherit the context of the caller."""
     ran = []
     implementation = rf.backends._registry["topk_threshold"]["reference"]
-    recorded = dataclasses.replace(implementation, call=lambda *args: ran.append(1) or implementation.call(*args))
+    recorded = dataclasses.replace(
+        implementation, call=lambda *args, out: ran.append(1) or implementation.call(*args, out=out)
+    )
     monkeypatch.setitem(rf.backends._registry["topk_threshold"], "reference", recorded)
     scores = spaced(2, 20)
     with rf.backends.use("reference", strict=True):

@@ -138,6 +138,11 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(is_causal)
 
 
+def _looks_back(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether sdpa of transformers is causal where it gets no mask."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
 def _all_heads(query, key, value):
     groups = query.shape[1] // key.shape[1]
     return (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
@@ -210,6 +215,7 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
         raise ModelError(f"model: attention implementation {before!r}, takes eager, sdpa or one of register()")
 
     def forward(module, query, key, value, attention_mask, *, scaling=None, is_causal=None, **kwargs):
+        unrepeated = key, value
         if ours:
             key, value, masks = _arguments(module, query, key, value, attention_mask, is_causal, kwargs)
             weights = kernel_weights(query, key, **implementation.keywords, **masks)
@@ -219,13 +225,19 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
                 raise ModelError(f"model: {type(module).__name__} uses {', '.join(refused)}; its weights are not known")
             key, value = _all_heads(query, key, value)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            weights = softmax_weights(query, key, scale=scale, bias=attention_mask)
+            bias = attention_mask
+            if bias is None and implementation is not None and query.shape[2] > 1 and _looks_back(module, is_causal):
+                bias = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            weights = softmax_weights(query, key, scale=scale, bias=bias)
         record(module, weights)
-        return (weights @ value).transpose(1, 2), weights
+        if implementation is None:  # eager attention is code of the model, and this is what it does
+            return (weights @ value).transpose(1, 2), weights
+        given = {"scaling": scaling, "is_causal": is_causal}
+        return implementation(module, query, *unrepeated, attention_mask, **given, **kwargs)
 
     name = "robattr_recording"
     attention.register(name, forward)
-    mask.register(name, padding_mask if ours else mask()["eager"])
+    mask.register(name, mask()[before])
     try:
         set_implementation(model, name)
         yield

@@ -37,7 +37,7 @@ def positive(name: str, value: float) -> float:
     """A finite number above zero."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, takes a finite number > 0")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # torch.compile traces no math.isfinite of a number that varies
         raise ValueError(f"{name}: got {value}, takes a finite number > 0")
     return float(value)
 
@@ -50,14 +50,14 @@ def temperature(value: float) -> float:
 
 
 def integer(name: str, value: int, low: int, high: int) -> int:
-    """An integer in [low, high]."""
+    """An integer in [low, high], of Python or numpy."""
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, takes an integer")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, takes an integer in [{low}, {high}]")
-    return value
+    return int(value)
 
 
 def fractions(tau: float, gamma: float | None) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def fractions(tau: float, gamma: float | None) -> tuple[float, float]:
 
 def seed(value: int) -> int:
     """0 <= seed < 2^64, as the int64 with the same bits."""
-    integer("seed", value, 0, 2**64 - 1)
+    value = integer("seed", value, 0, 2**64 - 1)
     return value - 2**64 if value >= 2**63 else value
 
 

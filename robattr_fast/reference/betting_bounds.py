@@ -40,10 +40,10 @@ _TINY = 1e-280
 """Bounds below this are returned as 0: their reciprocal would come near the end of float64."""
 
 
-def betting_shares() -> torch.Tensor:
-    """The grid of shares b_j, float64 [J], rising. It is part of the definition of the bound."""
+def betting_shares(device: torch.device) -> torch.Tensor:
+    """The grid of shares b_j, float64 [J], rising; computed on the CPU. It is part of the definition of the bound."""
     low, high = (math.log(b / (1 - b)) for b in (SMALLEST_SHARE, LARGEST_SHARE))
-    return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64))
+    return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64, device="cpu")).to(device)
 
 
 def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: float) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _log_wealth(counts: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor,
 
     counts: float64 [R, L + 1], level 0 first; mean: float64 [R], above 0. Both results are float64 [R].
     """
-    shares = betting_shares().to(counts.device)
+    shares = betting_shares(counts.device)
     levels = torch.arange(1, counts.shape[1], dtype=torch.float64, device=counts.device) / (counts.shape[1] - 1)
     stakes = shares[:, None] * levels
     growth = (1 - shares)[:, None] + stakes / mean[:, None, None]  # [R, J, L]
@@ -108,7 +108,7 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
     """
     target = -math.log(delta)
     total, above = counts.sum(1), counts[:, 1:].sum(1)
-    shares = betting_shares().to(counts.device)
+    shares = betting_shares(counts.device)
     levels = torch.arange(1, counts.shape[1], dtype=torch.float64, device=counts.device) / (counts.shape[1] - 1)
 
     # For m -> 0, ln W approaches from above the line with slope -above through this intercept.
