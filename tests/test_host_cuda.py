@@ -16,7 +16,8 @@ import robattr_fast as rf
 from robattr_fast import _extension, backends
 from robattr_fast.reference._select import selected
 
-pytestmark = pytest.mark.once
+# One process compiles the program: no other waits for it.
+pytestmark = [pytest.mark.once, pytest.mark.xdist_group("host_cuda")]
 
 # The cases of the CPU kernels.
 test_topk_against_sort = test_topk_threshold.test_against_sort

@@ -109,7 +109,9 @@ if INTERPRETED:
 
 
 @pytest.mark.parametrize("fast_mode", FAST_MODES)
-@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS[:2] if INTERPRETED else SETTINGS)
+@pytest.mark.parametrize(
+    ("feature_map", "causal", "normalize", "masked"), [SETTINGS[0], *larger(SETTINGS[1])] if INTERPRETED else SETTINGS
+)
 def test_twice_against_differences(backend, feature_map, causal, normalize, masked, fast_mode):
     (q, k, v), _, _ = arguments(HEADS, 1, 4, 4, 3, 2)
     if feature_map == "identity" and normalize:
