@@ -46,6 +46,17 @@ def load() -> tuple[bool, str]:
     return False, reason
 
 
+def outdated(library: Path) -> str:
+    """What to do where the sources of a checkout have changed since ``library`` was built beside them; else nothing."""
+    from robattr_fast import build
+
+    csrc = build.csrc_folder()
+    if library != build.installed_library() or csrc.is_relative_to(library.parent):
+        return ""
+    newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
+    return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
+
+
 def choose_cpu_isa(wanted: str, has: Sequence[str]) -> str:
     """The instruction set that ROBATTR_FAST_CPU_ISA asks for by ``wanted`` on a CPU that ``has`` these; "" asks for
     the last, the widest. ValueError where it is none of them."""
@@ -83,17 +94,6 @@ def cpu_isa() -> str:
 def set_cpu_isa(wanted: str) -> None:
     """Use this instruction set from now on, as ROBATTR_FAST_CPU_ISA makes it from the start; "" for the widest."""
     _set_isa(_loaded(), wanted)
-
-
-def outdated(library: Path) -> str:
-    """What to do where the sources of a checkout have changed since ``library`` was built beside them; else nothing."""
-    from robattr_fast import build
-
-    csrc = build.csrc_folder()
-    if library != build.installed_library() or csrc.is_relative_to(library.parent):
-        return ""
-    newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
-    return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
 
 
 def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

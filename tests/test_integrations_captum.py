@@ -1,14 +1,18 @@
 """Captum: parity with its own NoiseTunnel on the same noise, and what ours adds."""
 
+import functools
+
 import pytest
 import torch
 from models import Elementwise, small_cnn
+from torch import nn
 
 import robattr_fast as rf
 
 attr = pytest.importorskip("captum.attr", reason="the integration with Captum needs captum")
 
-from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad  # noqa: E402
+from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad, attributed  # noqa: E402
+from robattr_fast.model import is_identified  # noqa: E402
 
 SIGMA, SAMPLES = 0.3, 11
 
@@ -155,3 +159,74 @@ def test_bfloat16_models_work():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NoiseTunnel(attr.Saliency(small_cnn())).attribute(images(), target=0, **arguments)
+
+
+class Flattened(nn.Sequential):
+    """Captum has no rule of relevance for nn.Flatten."""
+
+    def forward(self, x):
+        return super().forward(x).flatten(1)
+
+
+def cnn_of_colours():
+    torch.manual_seed(7)
+    layers = nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)
+    return Flattened(*layers).eval()
+
+
+OCCLUSION = {"sliding_window_shapes": (3, 4, 4), "strides": (3, 2, 2)}
+OF_THE_INPUT = {
+    "saliency": (attr.Saliency, {}),
+    "guided backpropagation": (attr.GuidedBackprop, {}),
+    "input x gradient": (attr.InputXGradient, {}),
+    "integrated gradients": (attr.IntegratedGradients, {"n_steps": 4}),
+    "deep lift": (attr.DeepLift, {}),
+    "relevance propagation": (attr.LRP, {}),
+    "occlusion": (attr.Occlusion, OCCLUSION),
+}
+OF_A_LAYER = {
+    "grad-cam": (attr.LayerGradCam, {"relu_attributions": True}),
+    "activation x gradient": (attr.LayerGradientXActivation, {}),
+}
+COLOURS = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+CERTIFY = {"sigma": 0.2, "tau": 0.2, "samples": 32, "batch_size": 8, "second_moment": False}
+
+
+@pytest.mark.parametrize("name", [*OF_THE_INPUT, *OF_A_LAYER])
+def test_methods_are_certified(name):
+    method, settings = (OF_THE_INPUT | OF_A_LAYER)[name]
+    layer = "3" if name in OF_A_LAYER else None
+    model = cnn_of_colours()
+    explain = functools.partial(attributed, method=method, layer=layer, **settings)
+    certificate = rf.certify(model, COLOURS, explain=explain, target=[2, 0], channel_sum=True, **CERTIFY)
+    # Element by element, on the same noise, by Captum alone.
+    noisy = rf.noisy_samples(COLOURS, 0.2, 32)
+    for image, target in enumerate([2, 0]):
+        if layer is None:
+            scores = method(model).attribute(noisy[image].clone(), target=target, **settings).abs().sum(dim=1)
+        else:
+            small = method(model, model[3]).attribute(noisy[image], target=target, **settings).sum(dim=1, keepdim=True)
+            scores = attr.LayerAttribution.interpolate(small, (12, 12), "bilinear")[:, 0].abs()
+        wanted = rf.reference.sparsify(scores.detach().flatten(1), 0.2).sum(dim=0)
+        assert (certificate.counts[image, :, 0] - wanted).abs().sum() <= 0.01 * wanted.sum()
+    assert is_identified(certificate.settings.explain)
+    assert method.__name__ in certificate.settings.explain
+
+
+def test_what_captum_offers_and_cannot_be_certified():
+    explain = functools.partial(attributed, method=attr.GradientShap, baselines=torch.zeros(2, 3, 12, 12))
+    with pytest.raises(rf.ModelError, match="from call to call"):
+        rf.certify(cnn_of_colours(), COLOURS, explain=explain, **CERTIFY)
+    with pytest.raises(ValueError, match="create_graph: got True"):
+        attributed(cnn_of_colours(), COLOURS, create_graph=True, method=attr.Saliency)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(432, 4)).eval()
+    with pytest.raises(ValueError, match="method: LayerGradCam returned shape"):
+        attributed(flat, COLOURS, method=attr.LayerGradCam, layer="0")
+
+
+def test_signed_maps_and_the_largest_logit():
+    model = cnn_of_colours()
+    signed = attributed(model, COLOURS, method=attr.InputXGradient, size=False)
+    torch.testing.assert_close(signed, rf.attributions.input_x_gradient(model, COLOURS))
+    assert not signed.requires_grad
+    assert not COLOURS.requires_grad

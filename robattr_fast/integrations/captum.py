@@ -3,16 +3,19 @@
 from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad
 SmoothGrad(model).attribute(x, target=3, sigma=0.2, samples=64)
 NoiseTunnel(captum.attr.Saliency(model)).attribute(x, nt_samples=64, stdevs=0.2, target=3)
+robattr_fast.certify(model, x, explain=functools.partial(attributed, method=captum.attr.Occlusion, ...), sigma=0.2)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from robattr_fast.attributions.resize import check_resize, resized
 from robattr_fast.attributions.smoothgrad import smoothgrad
 from robattr_fast.ops import _check, noisy_samples
 from robattr_fast.sampling.arguments import check_image_ids
@@ -55,6 +58,59 @@ class SmoothGrad(GradientAttribution):
         if len(inputs) != 1:
             raise ValueError(f"inputs: got {len(inputs)} tensors, takes one")
         return (smoothgrad(self.forward_func, inputs[0], target=target, sigma=sigma, samples=samples, **settings),)
+
+
+def attributed(
+    model: nn.Module,
+    x: torch.Tensor,
+    target: torch.Tensor | Sequence[int] | int | None = None,
+    create_graph: bool = False,
+    *,
+    method: type[Attribution],
+    layer: str | None = None,
+    size: bool = True,
+    resize: str | None = "linear",
+    **settings: Any,
+) -> torch.Tensor:
+    """The map of a Captum method, in the form of `robattr_fast.attributions`: an ``explain=`` of `certify`.
+
+    Certified are fixed functions of each row: methods that draw random numbers (GradientShap, Lime, KernelShap, a
+    NoiseTunnel) are refused there, except by chance of two equal draws.
+
+    Args:
+        model: eval-mode module that returns logits [B, classes].
+        x: [B, *S].
+        target: class or classes [B]; None: the largest logit of each image.
+        create_graph: must be False: Captum's attributions carry no graph. `robattr_fast.attributions` has some that do.
+        method: class of captum.attr, made with the model, and with the layer where there is one.
+        layer: name of a submodule, for Captum's layer methods that attribute to one.
+        size: take absolute values, as `certify` does of gradients; of a layer's map after the sum over channels.
+        resize: of a layer's map, to the size of x: "linear" or "nearest"; None: the layer's own size.
+        settings: what ``method.attribute`` takes.
+
+    Returns:
+        [B, *S], or of a layer one value per pixel, [B, *S[1:]]: pass channel_sum=True to `certify`.
+    """
+    if create_graph:
+        raise ValueError("create_graph: got True, expected False: Captum's attributions carry no graph")
+    check_resize(resize)
+    leaf = x.detach().clone()  # Captum makes its input require gradients for a while
+    if target is None:
+        with torch.no_grad():
+            target = model(leaf).argmax(dim=1)
+    made = method(model) if layer is None else method(model, model.get_submodule(layer))
+    with warnings.catch_warnings():
+        # Of hooks and of gradients that are asked for: both end with the call.
+        warnings.simplefilter("ignore", UserWarning)
+        found = made.attribute(leaf, target=target, **settings)
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"method: {method.__name__} returned {type(found).__name__}, expected one tensor")
+    maps = found.detach()
+    if maps.shape != x.shape:
+        if maps.dim() != x.dim() or len(maps) != len(x):
+            raise ValueError(f"method: {method.__name__} returned shape {tuple(maps.shape)} for {tuple(x.shape)}")
+        maps = resized(maps.sum(dim=1), x.shape[2:], resize)
+    return maps.abs() if size else maps
 
 
 class NoiseTunnel(Attribution):
