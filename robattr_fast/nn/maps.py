@@ -42,6 +42,16 @@ def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tor
     Raises:
         ModelError: training mode, no known attention, an attention that runs twice or whose weights are not known.
     """
+    return followed_maps(model, args, kwargs, None)
+
+
+def followed_maps(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    follow: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None,
+) -> dict[str, torch.Tensor]:
+    """`attention_maps` of ``model(*args, **kwargs)``; ``follow``: see `interface.recording`."""
     if any(module.training for module in model.modules()):
         raise ModelError("model: it is in training mode; call model.eval() before looking at its attention")
     maps: dict[str, torch.Tensor] = {}
@@ -57,7 +67,7 @@ def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tor
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for inner in interface.interface_models(model).values():
-            stack.enter_context(interface.recording(inner, record))
+            stack.enter_context(interface.recording(inner, record, follow))
         for module in model.modules():
             for handle in _hooks(module, record):
                 stack.callback(handle.remove)
