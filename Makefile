@@ -33,7 +33,7 @@ test-all: install
 
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own. What is left out
 # tests formulas of autograd, the same on every backend, or rows made to mislead the sampling of the CPU kernels.
-INTERPRETED := $(patsubst kernels/%,tests/test_%,$(filter-out kernels/_%,$(wildcard kernels/*.py)))
+INTERPRETED := $(patsubst kernels/%,tests/test_%,$(filter-out kernels/_%,$(wildcard kernels/*.py))) tests/test_forward_mode.py
 ELSEWHERE := not gradient and not long and not derivative and not one_tensor and not autocast and not misleads \
   and not bound_of_the_sample
 test-interpret: install

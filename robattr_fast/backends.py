@@ -208,8 +208,14 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str
 
 def subject(args: Iterable[object]) -> torch.Tensor:
     """The tensor whose device and dtype choose the backend: the first floating-point one, else the first."""
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    return next((x for x in tensors if x.is_floating_point()), tensors[0])
+    first = None
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            if x.is_floating_point():
+                return x
+            first = x if first is None else first
+    assert first is not None, "no tensor among the arguments"
+    return first
 
 
 def call(operator: str, *args, **kwargs):

@@ -1,7 +1,8 @@
-"""What the documents show runs: the snippets of README that stand by themselves, and the examples."""
+"""What the documents show runs: the code of the pages and the examples; links lead somewhere."""
 
 import gzip
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,23 +21,38 @@ if not (ROOT / "README.md").is_file():
     pytest.skip("the documents are not beside the tests", allow_module_level=True)
 
 
-def snippets(section: str) -> str:
-    """The Python of one section of README."""
-    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return "\n".join(part.split("```")[0] for part in text.split("```python\n")[1:])
+def snippets(page: str) -> str:
+    """The Python of one page."""
+    return "\n".join(part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:])
 
 
-@pytest.mark.parametrize("section", ["Attention that differentiates twice", "In other libraries"])
-def test_readme(section):
-    if section == "In other libraries":
+PAGES = ["README.md", "docs/python.md", "docs/attention.md", "docs/attributions.md", "docs/integrations.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    if page == "docs/integrations.md":
         for package in ("transformers", "captum"):
-            pytest.importorskip(package, reason=f"the snippet needs {package}")
+            pytest.importorskip(package, reason=f"the page needs {package}")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(snippets(section), "README.md", "exec"), names)
+    exec(compile(snippets(page), page, "exec"), names)
     if "gradient" in names:
         for name, parameter in names["model"].named_parameters():
             assert bool(parameter.grad.isfinite().all()), name
             assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_links_lead_to_pages():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_listed():
+    listed = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not {page for page in pages if f"({page})" not in listed}
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -138,6 +138,32 @@ def test_several_inputs_arguments_and_deltas():
     torch.testing.assert_close(of_a, (noisy_a * noisy_b * scale[:, None] / 2).mean(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("nt_type", ["smoothgrad", "smoothgrad_sq", "vargrad"])
+@pytest.mark.parametrize("samples", [1, 5])
+def test_without_noise_it_is_the_method_itself(nt_type, samples):
+    """Captum takes stdevs=0, to check a set-up."""
+    saliency = attr.Saliency(small_cnn())
+    arguments = {"nt_type": nt_type, "nt_samples": samples, "stdevs": 0.0, "target": [0, 3, 1]}
+    expected = attr.NoiseTunnel(saliency).attribute(images(), **arguments)
+    got = NoiseTunnel(saliency).attribute(images(), **arguments)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    if nt_type == "smoothgrad":
+        torch.testing.assert_close(got, saliency.attribute(images(), target=[0, 3, 1]), rtol=1e-5, atol=1e-6)
+
+
+def test_noise_on_one_of_several_inputs():
+    class Two(torch.nn.Module):
+        def forward(self, image, age):
+            return image.sum(1, keepdim=True).sin() * age
+
+    image, age = torch.rand(2, 4), torch.rand(2, 3)
+    tunnel = NoiseTunnel(attr.Saliency(Two()), seed=2)
+    of_image, of_age = tunnel.attribute((image, age), nt_samples=6, stdevs=(0.1, 0), target=1, abs=False)
+    noisy = rf.noisy_samples(image, 0.1, 6, seed=2).sum(2)
+    torch.testing.assert_close(of_age[:, 1], noisy.sin().mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_image[:, 0], age[:, 1] * noisy.cos().mean(1), rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_models_work():
     model = small_cnn().to(torch.bfloat16)
     got = NoiseTunnel(attr.Saliency(model)).attribute(images().bfloat16(), nt_samples=3, stdevs=SIGMA, target=0)
@@ -151,7 +177,7 @@ def test_bfloat16_models_work():
         ({"nt_type": "smooth"}, "nt_type: got 'smooth'"),
         ({"nt_samples": 0}, "nt_samples: got 0"),
         ({"nt_samples_batch_size": 0}, "nt_samples_batch_size: got 0"),
-        ({"stdevs": 0.0}, "stdevs: got 0.0"),
+        ({"stdevs": -0.1}, "stdevs: got -0.1, takes a finite number >= 0"),
         ({"stdevs": (0.1, 0.2)}, "stdevs: got 2, takes one number"),
         ({"draw_baseline_from_distrib": True}, "draw_baseline_from_distrib: got True"),
     ],

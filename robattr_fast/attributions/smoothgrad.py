@@ -193,8 +193,8 @@ def smoothgrad(
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
     check_images(x)
-    _check.integer("samples", samples, 1, 2**32 - 1)
-    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    samples = _check.integer("samples", samples, 1, 2**32 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
     tau, gamma = _check.fractions(tau, gamma)
     if differentiable:
         _check_differentiable(kind, levels)

@@ -159,7 +159,7 @@ class NoiseTunnel(Attribution):
             nt_type: what is computed of the attributions of the copies.
             nt_samples: number of copies per image.
             nt_samples_batch_size: copies per image in one call of the method; None: all at once.
-            stdevs: standard deviation of the noise, one or one per input.
+            stdevs: standard deviation of the noise, one or one per input; 0 leaves an input as it is.
             kwargs: what the method's ``attribute`` takes. Tensors and lists with one entry per image are repeated for
                 its copies.
 
@@ -171,9 +171,9 @@ class NoiseTunnel(Attribution):
             raise ValueError(f"nt_type: got {nt_type!r}, takes one of {', '.join(TYPES)}")
         if draw_baseline_from_distrib:
             raise ValueError("draw_baseline_from_distrib: got True, takes False: the samples would not be reproducible")
-        _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
+        nt_samples = _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
         chunk = nt_samples if nt_samples_batch_size is None else nt_samples_batch_size
-        _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
+        chunk = _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
         images = inputs if isinstance(inputs, tuple) else (inputs,)
         sigmas = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(images)
         if len(sigmas) != len(images):
@@ -201,14 +201,18 @@ class NoiseTunnel(Attribution):
 
     def _noisy(self, x: torch.Tensor, sigma: float, count: int, index: int, first: int) -> torch.Tensor:
         """[B * count, *S]: the copies of one image next to each other."""
-        noisy = noisy_samples(
-            x.detach(),
-            _check.positive("stdevs", sigma),
-            count,
-            seed=(self.seed + index) % 2**64,
-            first_sample=first,
-            image_ids=check_image_ids(self.image_ids, x),
-        ).flatten(0, 1)
+        sigma = _check.not_negative("stdevs", sigma)
+        if sigma == 0:
+            noisy = x.detach().repeat_interleave(count, dim=0)
+        else:
+            noisy = noisy_samples(
+                x.detach(),
+                sigma,
+                count,
+                seed=(self.seed + index) % 2**64,
+                first_sample=first,
+                image_ids=check_image_ids(self.image_ids, x),
+            ).flatten(0, 1)
         return noisy.requires_grad_(isinstance(self.attribution_method, GradientAttribution))
 
 

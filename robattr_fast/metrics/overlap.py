@@ -30,8 +30,8 @@ def overlap(a: torch.Tensor, b: torch.Tensor, k: int, *, window: int = 0) -> tor
     NaN where a map is constant or not finite.
     """
     check_pair(a, b)
-    _check.integer("k", k, 1, a[0].numel())
-    _check.integer("window", window, 0, max(a.shape))
+    k = _check.integer("k", k, 1, a[0].numel())
+    window = _check.integer("window", window, 0, max(a.shape))
     mine, theirs = (top_k(maps.detach().flatten(1), k) for maps in (a, b))
     if window:
         theirs = _widened(theirs.view(b.shape), window).flatten(1)

@@ -58,6 +58,7 @@ def localization(maps: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"region: got dtype {region.dtype}, expected bool")
     if region.shape not in (maps.shape, maps.shape[1:]):
         raise ValueError(f"region: got shape {tuple(region.shape)}, expected {tuple(maps.shape)} or without its B")
+    region = region.to(maps.device)
     positive = maps.double().clamp(min=0)
     inside, total = ((positive * where).flatten(1).sum(dim=1) for where in (region, torch.ones_like(region)))
     known = (total > 0) & torch.isfinite(maps.detach()).flatten(1).all(dim=1)
@@ -76,7 +77,7 @@ def image_grid(images: torch.Tensor) -> torch.Tensor:
 
 def grid_regions(height: int, width: int, side: int = 2) -> torch.Tensor:
     """The cells of a side x side grid of this size in pixels, bool [side * side, height, width], as `image_grid`."""
-    _check.integer("side", side, 1, 2**15)
+    side = _check.integer("side", side, 1, 2**15)
     for name, length in (("height", height), ("width", width)):
         if _check.integer(name, length, 1, 2**31 - 1) % side:
             raise ValueError(f"{name}: got {length}, expected a multiple of {side}")

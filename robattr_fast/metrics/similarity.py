@@ -50,7 +50,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 7, data_range: float
     check_pair(a, b)
     if a.dim() not in (3, 4):
         raise ValueError(f"a, b: got shape {tuple(a.shape)}, expected [B, H, W] or [B, C, H, W]")
-    _check.integer("window", window, 3, min(a.shape[-2:]))
+    window = _check.integer("window", window, 3, min(a.shape[-2:]))
     if window % 2 == 0:
         raise ValueError(f"window: got {window}, expected an odd number")
     known = both_vary(a, b)

@@ -47,8 +47,8 @@ def register(
         setup: ``setup(ctx, inputs, output)``, as in torch.autograd.Function: calls ctx.save_for_backward.
         backward: ``backward(ctx, *grads)``: gradients of the first arguments; those of the others are None. Made of
             differentiable operations. The backends preferred in the forward are preferred in it, whatever its thread.
-        jvp: ``jvp(ctx, *tangents)``, a tangent per argument (None: no tensor): those of the results, as `backward`.
-            None: where there are tangents the definition runs in place of a kernel, and torch differentiates it.
+        jvp: ``jvp(ctx, *tangents)``, a tangent per argument (None: no tensor): one of each result, made as those of
+            `backward`. None: where there are tangents the definition runs in place of a kernel.
         vmap: ``vmap(info, in_dims, *args)``, as in torch.library.register_vmap; see `_vmap`.
 
     Returns:
@@ -59,7 +59,9 @@ def register(
 
     def complete(args):
         # The dispatcher leaves out what equals its default.
-        return (*args, *(argument.default_value for argument in schema[len(args) :]))
+        return (
+            args if len(args) == len(schema) else (*args, *(argument.default_value for argument in schema[len(args) :]))
+        )
 
     def run(*args):
         args = complete(args)
@@ -114,6 +116,17 @@ def _forward_mode() -> bool:
     return _C._functorch.peek_interpreter_stack().key() == _C._functorch.TransformType.Jvp
 
 
+def _order(x: torch.Tensor) -> list[int]:
+    """The dimensions of a dense tensor as they lie in memory, the innermost last."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda dim: strides[dim], reverse=True)
+
+
+def _laid_out(tangent: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """As its primal is: torch asks for that where results are views, and copies elsewhere."""
+    return tangent.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+
 class _OfPrimals:
     """The context of a node, its saved tensors without their tangents."""
 
@@ -137,6 +150,7 @@ def _autograd_kernel(operator, complete, defined, setup, backward, jvp):
         setup(ctx, complete(args), output)
         if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
             ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
+            ctx.orders = [_order(x) for x in _as_tuple(output)]
 
     def gradients(ctx, *grads):
         with backends.preferring(ctx.preference):
@@ -147,7 +161,9 @@ def _autograd_kernel(operator, complete, defined, setup, backward, jvp):
     def tangents(ctx, _, *given):
         # torch turns forward mode off here, for the levels below this one too.
         with backends.preferring(ctx.preference), forward_ad._set_fwd_grad_enabled(True):
-            return jvp(_OfPrimals(ctx), *complete(given))
+            found = jvp(_OfPrimals(ctx), *complete(given))
+        laid_out = [_laid_out(x, order) for x, order in zip(_as_tuple(found), ctx.orders, strict=True)]
+        return tuple(laid_out) if isinstance(found, tuple) else laid_out[0]
 
     def forward(ctx, keyset, *args):
         output = below(keyset, args)

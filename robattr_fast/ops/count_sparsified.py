@@ -35,7 +35,7 @@ def count_sparsified_(
         int32 [B]: the number of invalid samples (NaN or inf) of each image, which leave counts unchanged.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is named above.
+        TypeError, ValueError: an argument outside of what is named above. NotImplementedError: under torch.vmap.
         ValueError: a count passes 2^31 - 1. A call adds at most q to each, so this takes 2^31 samples in all. On a CPU
         the call itself notices; on other devices the count turns negative, which no certificate accepts.
     """

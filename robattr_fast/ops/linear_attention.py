@@ -54,9 +54,10 @@ def linear_attention(
     Returns:
         [B, H, Nq, Dv] in the dtype of q; sums are float32, for float64 float64. A row that sees nothing, or whose
         denominator is 0 (or so small that its reciprocal overflows), gives zeros, and so are its gradients.
-        Differentiable to every order in q, k and v; the first and second derivatives have kernels of their own, linear
-        in time and memory, and only inputs are kept for them. Higher ones go through the definition, which is
-        quadratic. Under autocast q, k and v are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+        Differentiable to every order in q, k and v, in reverse and forward mode; the first and second derivatives, and
+        forward over reverse, have kernels of their own, linear in time and memory, and only inputs are kept for them.
+        Higher ones go through the definition, which is quadratic. Under autocast q, k and v are cast as
+        torch.nn.functional.scaled_dot_product_attention casts them.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -219,15 +220,27 @@ def _triple_backward(ctx, *grads):
     def define(*tensors):
         with torch.autocast(tensors[0].device.type, enabled=False):
             return definition_of_double_backward(
-                *tensors,
-                feature_map=feature_map,
-                causal=causal,
-                normalize=normalize,
-                key_padding_mask=mask,
-                eps=eps,
+                *tensors, feature_map=feature_map, causal=causal, normalize=normalize, key_padding_mask=mask, eps=eps
             )
 
-    return torch.func.vjp(define, *tensors)[1](grads)
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(define, *tensors)[1](grads)
+    # As torch.func does it, which knows no hooks for saved tensors.
+    with torch.enable_grad():
+        # Views, because one tensor may be several arguments, and each has its own gradient.
+        inputs = [x.view_as(x) for x in tensors]
+        outputs = define(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in reached],
+        wanted,
+        [grad for _, grad in reached],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    gradients = iter(found)
+    return tuple(next(gradients) if x.requires_grad else None for x in inputs)
 
 
 _operator = register(

@@ -81,7 +81,7 @@ def mlp_smoothgrad(
         sample (a logit or a gradient that is NaN or infinite), which changes no count.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is named above.
+        TypeError, ValueError: an argument outside of what is named above. NotImplementedError: under torch.vmap.
     """
     _check.float_tensor("x", x, min_dim=2)
     _check_float32("x", x, x.device)

@@ -43,7 +43,8 @@ def noisy_samples(
 
     Returns:
         [B, num_samples, *S]. The same bits from every backend, batch size and split of the samples, unless fast.
-        Differentiable in x (to every order; the gradient is the sum over samples), not in sigma.
+        Differentiable in x (to every order, in reverse and forward mode; the gradient is the sum over samples), not in
+        sigma. Under torch.vmap every entry of the batch has the noise that it would have by itself.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -151,7 +152,7 @@ def _backward(ctx, grad):
 
 
 def _jvp(ctx, tangent, *_):
-    return tangent.to(ctx.dtype)[:, None].expand(-1, ctx.num_samples, *tangent.shape[1:]).contiguous()
+    return tangent.to(ctx.dtype)[:, None].expand(-1, ctx.num_samples, *tangent.shape[1:])
 
 
 def _of_each(info, in_dims, x, sigma, num_samples, seed, first_sample, image_ids, sample_offset, *rest):

@@ -25,7 +25,8 @@ def soft_topk(scores: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
 
     Returns:
         [..., n] in [0, 1], float32 (float64 for float64 scores); each row sums to k up to rounding. A row that holds
-        NaN or inf gives NaN, and so do gradients through it. Differentiable in the scores to every order:
+        NaN or inf gives NaN, and so do gradients through it. Differentiable in the scores to every order, in reverse
+        and forward mode:
         d h_i / d s_j = w_i / T (delta_ij - w_j / sum w), w = h (1 - h).
 
     Raises:

@@ -23,9 +23,10 @@ def sparsify(scores: torch.Tensor, tau: float, gamma: float | None = None, *, le
     Returns:
         [..., n] in [0, 1], float32 (float64 for float64 scores). At most k_tau elements are above zero: elements that
         tie at the threshold are kept if all of them fit, else none. A row that holds NaN or inf gives NaN.
-        For ``levels=None`` differentiable to every order, with the support held constant: gradients flow through the
-        scores and g = s_[k_gamma] of the elements with 0 < h < 1; a tie in g goes to the lowest index. All other
-        elements, g = 0 and rows with NaN or inf give zero. Rounded maps have no gradient.
+        For ``levels=None`` differentiable to every order, in reverse and forward mode, with the support held constant:
+        gradients flow through the scores and g = s_[k_gamma] of the elements with 0 < h < 1; a tie in g goes to the
+        lowest index. All other elements, g = 0 and rows with NaN or inf give zero. Rounded maps are constant: they
+        carry no graph, and their tangents are zero.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -81,7 +82,7 @@ def _backward(ctx, grad):
 
 def _jvp(ctx, tangent, *_):
     if ctx.levels is not None:
-        return None
+        return torch.zeros_like(ctx.saved_tensors[1])
     active, s, g, index = _moving(ctx)
     tangent = tangent.to(s.dtype)
     return torch.where(active, tangent - torch.where(active, s / g, 0.0) * tangent.gather(-1, index), 0.0) / g

@@ -15,6 +15,7 @@ capital depends on the counts alone).
 """
 
 import math
+import numbers
 
 import torch
 
@@ -60,8 +61,8 @@ def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: fl
         if samples.shape != counts.shape[:1]:
             raise ValueError(f"samples must have shape [{counts.shape[0]}] as counts says, got {list(samples.shape)}")
         return samples.to(counts.device)
-    if isinstance(samples, int) and not isinstance(samples, bool):
-        return torch.full((counts.shape[0],), samples, dtype=torch.int64, device=counts.device)
+    if isinstance(samples, numbers.Integral) and not isinstance(samples, bool):
+        return torch.full((counts.shape[0],), int(samples), dtype=torch.int64, device=counts.device)
     raise TypeError(f"samples must be an int or an int64 tensor, got {type(samples).__name__}")
 
 

@@ -123,13 +123,13 @@ def certify(
     )
     asked = map.autocast
     stream = Stream.checked(x, seed, image_ids)
-    _check.integer("samples", samples, 1, 2**31 - 1)
-    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    samples = _check.integer("samples", samples, 1, 2**31 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
     bound = bound or ("betting" if levels is not None else "kl")
     check_bound(bound, levels)
     if stop is not None and bound != "betting":
         raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
-    _check.integer("retain", retain, 4, 8192)
+    retain = _check.integer("retain", retain, 4, 8192)
     second_moment = second_moment and levels is not None
     if keep_samples and not second_moment:
         raise ValueError(
