@@ -36,7 +36,7 @@ class _Counting(nn.Module):
 
     def forward(self, x):
         _Counting.passes += 1
-        if _Counting.passes == 15 and (number := os.environ.get("ROBATTR_FAST_TEST_SIGNAL")):
+        if _Counting.passes == 12 and (number := os.environ.get("ROBATTR_FAST_TEST_SIGNAL")):
             os.kill(os.getpid(), int(number))
         return self.model(x)
 
