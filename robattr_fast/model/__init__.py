@@ -21,6 +21,7 @@ from robattr_fast.model.gradient import (
     scores,
     selected_logits,
 )
+from robattr_fast.model.hooks import has_hooks, unchanged
 from robattr_fast.model.identity import (
     callable_fingerprint,
     explanation_name,
@@ -58,6 +59,7 @@ __all__ = [
     "first_fingerprint",
     "forward",
     "gradients_apart",
+    "has_hooks",
     "input_gradient",
     "input_hash",
     "is_identified",
@@ -70,6 +72,7 @@ __all__ = [
     "private_copy",
     "scores",
     "selected_logits",
+    "unchanged",
     "unwrapped",
     "users_defaults",
 ]
