@@ -198,8 +198,13 @@ def _implementations(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> Iterator[None]:
+def recording(
+    model: Any, record: Callable[[nn.Module, torch.Tensor], None], *, through_weights: bool = False
+) -> Iterator[None]:
     """Inside, every attention of a transformers model calls ``record(module, weights [B, H, Nq, Nk])`` as it runs.
+
+    It then runs as it would without; with ``through_weights`` its output is the product of these weights and the
+    values, so that what hangs on the output hangs on them.
 
     Raises:
         ModelError: an implementation whose weights are not known here (takes eager, sdpa and those of `register`), or
@@ -230,7 +235,7 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
                 bias = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = softmax_weights(query, key, scale=scale, bias=bias)
         record(module, weights)
-        if implementation is None:  # eager attention is code of the model, and this is what it does
+        if through_weights or implementation is None:  # eager attention is code of the model, and this is what it does
             return (weights @ value).transpose(1, 2), weights
         given = {"scaling": scaling, "is_causal": is_causal}
         return implementation(module, query, *unrepeated, attention_mask, **given, **kwargs)

@@ -12,13 +12,19 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from robattr_fast.errors import ModelError
-from robattr_fast.nn.attention import KernelAttention, KernelSelfAttention, is_timm_attention, timm_projections
-from robattr_fast.nn.maps import attention_maps
+from robattr_fast.nn.attention import (
+    KernelAttention,
+    KernelSelfAttention,
+    is_timm_attention,
+    projected,
+    timm_projections,
+)
+from robattr_fast.nn.maps import extra_keys, recorded_maps
 
 # What changes no element: torch.nn.MultiheadAttention returns its weights in another shape than it uses them in.
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")
 
-_FORWARD = inspect.signature(KernelAttention.forward)
+_FORWARD = inspect.signature(nn.MultiheadAttention.forward)
 
 
 def maps_and_gradients(
@@ -48,10 +54,10 @@ def maps_and_gradients(
             for handle in _product_hooks(module, products[name]):
                 stack.callback(handle.remove)
         stack.callback(model.register_forward_hook(lambda module, args, output: returned.append(output)).remove)
-        maps = attention_maps(model, x)
+        maps = recorded_maps(model, (x,), {}, through_weights=True)
         total = score(returned[-1]).sum()
         outs = {name: products[name].out for name in maps}
-        places = [_origin(name, weights if outs[name] is None else outs[name]) for name, weights in maps.items()]
+        places = [_place(name, weights, products[name]) for name, weights in maps.items()]
         found = torch.autograd.grad(total, places, create_graph=create_graph, allow_unused=True)
         gradients = {}
         for (name, weights), gradient in zip(maps.items(), found, strict=True):
@@ -61,6 +67,7 @@ def maps_and_gradients(
                 gradients[name] = gradient.view(weights.shape)
             else:
                 # Heads lie side by side in the output.
+                gradient = products[name].before_projection(gradient)
                 heads = gradient.reshape(*products[name].value.shape[:1], -1, *products[name].value.shape[1::2])
                 gradients[name] = heads.transpose(1, 2) @ products[name].value.mT
     return maps, gradients
@@ -71,6 +78,16 @@ class _Product:
 
     value: torch.Tensor
     out: torch.Tensor | None = None
+    projecting: nn.MultiheadAttention | None = None
+    """Softmax attention of torch calls no module for its projection: `out` is what it returned."""
+
+    def before_projection(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of A V from that of `out`."""
+        if self.projecting is None:
+            return gradient
+        if gradient.dim() == 3 and not self.projecting.batch_first:
+            gradient = gradient.transpose(0, 1)
+        return gradient @ self.projecting.out_proj.weight
 
 
 def _product_hooks(module: nn.Module, product: _Product) -> list[Any]:
@@ -78,7 +95,9 @@ def _product_hooks(module: nn.Module, product: _Product) -> list[Any]:
     values: Callable[..., torch.Tensor]
     last: nn.Module | None
     if isinstance(module, KernelAttention):
-        values, last = _kernel_values, module.out_proj
+        values, last = _values, module.out_proj
+    elif isinstance(module, nn.MultiheadAttention):
+        values, last, product.projecting = _values, None, module
     elif isinstance(module, KernelSelfAttention) or (
         type(module).__name__ == "Attention" and is_timm_attention(module)[0]
     ):
@@ -97,9 +116,12 @@ def _product_hooks(module: nn.Module, product: _Product) -> list[Any]:
     def after(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         product.out = args[0]
 
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        product.out = output[0]
+
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
-        last.register_forward_pre_hook(after),
+        module.register_forward_hook(returned) if last is None else last.register_forward_pre_hook(after),
     ]
 
 
@@ -107,14 +129,22 @@ def _timm_values(module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     return timm_projections(module, x)[2]
 
 
-def _kernel_values(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _values(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     call = _FORWARD.bind(module, *args, **kwargs).arguments
     inputs = [call[name] for name in ("query", "key", "value")]
     if inputs[0].dim() == 2:
         inputs = [one[None] for one in inputs]
     elif not module.batch_first:
         inputs = [one.transpose(0, 1) for one in inputs]
-    return module._projected(*inputs)[2]
+    value = projected(module, *inputs)[2]
+    assert value is not None
+    return torch.cat([value, *extra_keys(module, module.bias_v, value)], dim=2)
+
+
+def _place(name: str, weights: torch.Tensor, product: _Product) -> GradientEdge:
+    if product.projecting is not None and product.out is not None and product.out.requires_grad:
+        return get_gradient_edge(product.out)
+    return _origin(name, weights if product.out is None else product.out)
 
 
 def _origin(name: str, tensor: torch.Tensor | None) -> GradientEdge:
