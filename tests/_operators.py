@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
@@ -52,6 +53,12 @@ if INTERPRETED:
 
     _interpreter.hasten()
 
+
+# For cases that take the interpreter seconds.
+FEWER_DTYPES = [torch.float32, torch.bfloat16, *larger(torch.float64, torch.float16, when=INTERPRETED)]
+
+# `fast_mode` of gradcheck: in place of every element, one direction.
+FAST_MODES = [True, *([] if INTERPRETED else larger(False))]
 
 # Where there is a GPU, its backends run the same cases: `moved` takes their tensors there.
 ON_GPU = ("triton_on_gpu", "cuda_on_gpu") if torch.cuda.is_available() else ()

@@ -7,6 +7,7 @@ import torch
 from _attention_models import Attention
 from torch import nn
 
+from robattr_fast.errors import ModelError
 from robattr_fast.nn import attention_maps, kernelize, maps_and_gradients
 from robattr_fast.nn.attention import projected
 
@@ -189,13 +190,14 @@ def test_gradients_of_maps_where_rows_see_nothing(form):
     x = torch.rand(B, ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(B, ROWS, WIDTH, dtype=torch.float64)
     x, weight = (x, weight) if attention.batch_first else (x.transpose(0, 1), weight.transpose(0, 1))
+    if form == "extra keys":
+        with pytest.raises(ModelError, match="no token"):
+            maps_and_gradients(Self().eval(), x, lambda out: out * weight)
+        return
     maps, gradients = maps_and_gradients(Self().eval(), x, lambda out: out * weight)
     (a,), (found,) = (list(each.values()) for each in (maps, gradients))
     _, _, v = projected(attention, *[x if attention.batch_first else x.transpose(0, 1)] * 3)
-    a, extra = a.detach().requires_grad_(), a.shape[-1] - ROWS
-    if extra:
-        bias = attention.bias_v.view(1, H, 1, -1).expand(B, -1, -1, -1)
-        v = torch.cat([v, bias, torch.zeros_like(bias)], dim=2)
+    a = a.detach().requires_grad_()
     out = attention.out_proj((a @ v).transpose(1, 2).flatten(2))
     (expected,) = torch.autograd.grad((out * (weight if attention.batch_first else weight.transpose(0, 1))).sum(), a)
     torch.testing.assert_close(found, expected)

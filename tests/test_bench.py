@@ -178,7 +178,7 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_peers_of_attention_compute_the_same_derivatives(causal):
-    sides = load("operator_sides")
+    sides = load("attention_sides")
     spec = {**spec_of("attention."), "causal": causal}
     given = [x.double() for x in sides._attention_given(spec)]
     expected = sides.attention_derivatives(rf.linear_attention, given, causal)
@@ -257,8 +257,14 @@ def test_an_entry_is_measured_and_recorded(tmp_path):
     assert record["machine"]["cores"] >= 1
     assert record["versions"]["torch"] == torch.__version__
     assert set(record) >= {"commit", "dirty", "date", "gate", "quick", "base"}
-    list(run.run([SMALL], Context(), path))
-    assert len(records.read(path)) == 2
+
+
+@pytest.mark.slow
+def test_records_are_added_to_a_file(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    for count in (1, 2):
+        list(run.run([SMALL], Context(), path))
+        assert len(records.read(path)) == count
 
 
 def test_no_figure_on_a_red_gate(tmp_path, monkeypatch):
@@ -499,6 +505,7 @@ def test_documents_say_what_the_records_say():
 
 
 @needs_checkout
+@pytest.mark.slow
 def test_both_faces_are_one_command():
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--only", "P99"], cwd=HERE, capture_output=True, text=True, timeout=120

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from _operators import INTERPRETED, at_isa, backend, needs_extension
 from mpmath import mp, mpf
 from scipy.stats import binom
@@ -38,7 +39,7 @@ def defined_log_wealth(counts: np.ndarray, samples: int, mean: np.longdouble) ->
     return largest + np.log(sum(np.exp(value - largest) for value in logs)) - np.log(np.longdouble(len(logs)))
 
 
-@pytest.mark.parametrize("levels", [1, 3, 15])
+@pytest.mark.parametrize("levels", [*larger(1, 3, when=INTERPRETED), 15])
 @pytest.mark.parametrize(("samples", "delta"), [(1, 0.4), (64, 1e-2), (8192, 1e-7), (65536, 0.05 / 301056)])
 def test_the_root_is_exact_and_rounded_outwards(backend, levels, samples, delta):
     counts = random_counts(40, levels, samples)

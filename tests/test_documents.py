@@ -26,7 +26,10 @@ def snippets(page: str) -> str:
     return "\n".join(part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/attention.md", "docs/integrations.md"])
+PAGES = ["README.md", "docs/python.md", "docs/attention.md", "docs/attributions.md", "docs/integrations.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page == "docs/integrations.md":
         for package in ("transformers", "captum"):

@@ -16,7 +16,8 @@ import robattr_fast as rf
 from robattr_fast import _extension, backends
 from robattr_fast.reference._select import selected
 
-pytestmark = pytest.mark.once
+# One process compiles the program: no other waits for it.
+pytestmark = [pytest.mark.once, pytest.mark.xdist_group("host_cuda")]
 
 # The cases of the CPU kernels.
 test_topk_against_sort = test_topk_threshold.test_against_sort
@@ -115,7 +116,7 @@ def test_counts_and_packed_levels_of_every_kind(machine, kind, levels, gamma):
         assert torch.equal(packed, expected_packed(scores.numpy(), 0.1, gamma, levels))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *larger(torch.float32, torch.float64, torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.float32, *larger(torch.float64, torch.bfloat16, torch.float16)])
 @pytest.mark.parametrize("levels", [1, *larger(5)])
 def test_types_and_views(dtype, levels):
     scores = torch.randn(2, 3, 603).to(dtype)
@@ -189,16 +190,16 @@ def test_real_size_on_a_cluster_of_eight(machine):
     np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 0.1, None, 1)[0])
 
 
+@pytest.mark.parametrize("clusters", [1, *larger(3)])
 @pytest.mark.parametrize("levels", [1, *larger(3)])
-def test_more_rows_than_a_byte_counts(machine, levels):
+def test_more_rows_than_a_byte_counts(machine, levels, clusters):
     scores = torch.rand(2, 260, 40)
     scores[..., :20] += 10  # an element takes the same level in every row: the lowest or the highest
-    for clusters in (1, 3):
-        counts, invalid = torch.zeros(2, 40, levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-        on = machine(H200, clusters)
-        on.count_sparsified_(counts, invalid, None, scores, 40, 4)
-        assert on.route.staged
-        np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 1.0, 0.1, levels)[0])
+    counts, invalid = torch.zeros(2, 40, levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    on = machine(H200, clusters)
+    on.count_sparsified_(counts, invalid, None, scores, 40, 4)
+    assert on.route.staged
+    np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 1.0, 0.1, levels)[0])
 
 
 def test_routes(machine):

@@ -130,7 +130,7 @@ def top(products: list[list[Fraction]], times: list[int], power: int = 1):
 
 
 @pytest.mark.parametrize("num_levels", [1, 15])
-@pytest.mark.parametrize("rows", [13, 40, 520, 1100])
+@pytest.mark.parametrize("rows", [13, 40, 520, 1101])
 @pytest.mark.parametrize("kind", KINDS)
 def test_patterns_that_repeat(kind: str, rows: int, num_levels: int) -> None:
     levels, which = repeated(kind, rows, num_levels)
@@ -159,7 +159,7 @@ SQUARES = (0.0625, 0.5)
 
 
 @pytest.mark.parametrize("num_levels", [1, 15])
-@pytest.mark.parametrize("rows", [13, 40, 520, 1100])
+@pytest.mark.parametrize("rows", [13, 40, 520, 1101])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("near", [False, True], ids=["apart", "near each other"])
 def test_shrunk_patterns(kind: str, rows: int, num_levels: int, near: bool) -> None:

@@ -106,7 +106,7 @@ def test_against_torch(backend, sizes, levels):
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("sizes", [(50, 20, 5), (50, 20, 30, 5)])
+@pytest.mark.parametrize("sizes", [[50, 20, 5], *larger([50, 20, 30, 5], when=INTERPRETED)])
 def test_activations(backend, sizes, activation):
     # None of these scores is so near to a threshold that rounding decides.
     model, x = network(sizes, activation), images(1, sizes[0])

@@ -187,9 +187,25 @@ def test_gradients_in_transformers(monkeypatch):
             torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12)
 
 
+def test_gradients_under_autocast():
+    model, x = model_of("torch").float(), images().float().requires_grad_()
+    _, expected = maps_and_gradients(model, x, first_logit)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = maps_and_gradients(model, x, first_logit)
+    for got, wanted in zip(found.values(), expected.values(), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_keys_of_no_token_are_refused():
+    attention = nn.MultiheadAttention(4, 1, batch_first=True, add_zero_attn=True).eval()
+    with pytest.raises(ModelError, match="adds keys that come from no token"):
+        maps_and_gradients(nn.Sequential(attention), torch.rand(1, 2, 4).requires_grad_(), first_logit)
+
+
 def test_attention_that_the_score_does_not_depend_on():
     model = model_of("torch")
-    with pytest.raises(ModelError, match="does not depend on the attention weights"):
+    with pytest.raises(ModelError, match="does not depend on the attention 'blocks"):
         maps_and_gradients(model, images().requires_grad_(), lambda logits: logits.detach() + model.head.bias)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

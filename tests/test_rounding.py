@@ -13,7 +13,7 @@ from _lemmas import bounds_eigenvalues, cost
 from mpmath import mp, mpf
 
 from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram
-from robattr_fast.certificates.moments.deflation import DeflatedSummary, Deflation
+from robattr_fast.certificates.moments.deflation import DeflatedSummary, Deflation, summarize_deflated
 from robattr_fast.certificates.moments.eigenvalues import largest_eigenvalue, largest_eigenvalue_of_squares_
 from robattr_fast.certificates.moments.least_moves import least_costs
 from robattr_fast.certificates.moments.scatter import Scatter
@@ -100,6 +100,24 @@ def test_samples_that_have_nearly_everything_in_common(common: int, num_levels: 
         found, truth = summarize_gram(torch.from_numpy(gram), num_levels), true_summary(gram, num_levels)
         for name, value in truth.items():
             assert mpf(getattr(found, name)) >= value, name
+
+
+@pytest.mark.parametrize("num_levels", [1, 3, 15])
+@pytest.mark.parametrize("common", [0, 2096, 2000000098, 8000000014])
+def test_what_is_left_of_them_when_two_elements_are_shrunk(common: int, num_levels: int) -> None:
+    rng = np.random.default_rng(common + num_levels)
+    for rows in (4, 6, 7, 8):
+        apart = rng.integers(0, min(num_levels, 2) + 1, (rows, 4))
+        along = apart[:, :2] / num_levels
+        found = summarize_deflated(
+            torch.from_numpy(apart @ apart.T + common), torch.from_numpy(along), (0.25, 0.5), num_levels
+        )
+        centred = [[Fraction(int(x) * rows - int(s), num_levels * rows) for x, s in zip(row, apart.sum(0), strict=True)]
+                   for row in apart]  # fmt: skip
+        weights = (Fraction(1, 4), Fraction(1, 2), 1, 1)
+        products = [[sum(w * x * y for w, x, y in zip(weights, a, b, strict=True)) for b in centred] for a in centred]
+        assert mpf(found.eigenvalue) >= largest(products) / rows
+        assert mpf(found.fourth) >= largest([[x * x for x in row] for row in products]) / rows
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -219,7 +219,7 @@ def truth(name: str) -> tuple[np.ndarray, np.ndarray]:
     return mean, (patterns * weights[:, None]).T @ patterns - np.outer(mean, mean)
 
 
-@pytest.mark.parametrize("runs", [60, *larger(1000)])
+@pytest.mark.parametrize("runs", [40, *larger(1000)])
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_coverage_of_the_events(name: str, blocks: int, runs: int) -> None:
@@ -261,7 +261,7 @@ def test_coverage_of_the_events(name: str, blocks: int, runs: int) -> None:
     assert (failures <= delta * runs + 3 * math.sqrt(delta * (1 - delta) * runs)).all(), failures
 
 
-@pytest.mark.parametrize("runs", [40, *larger(400)])
+@pytest.mark.parametrize("runs", [20, *larger(400)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_whole_evaluation_covers(name: str, runs: int) -> None:
     """Runs of the evaluation with its data-driven B, pilots and blocks.
@@ -299,7 +299,7 @@ def test_whole_evaluation_covers(name: str, runs: int) -> None:
     assert found > 0.9 * runs or name in ("rank-one", "missed")
 
 
-@pytest.mark.parametrize("runs", [20, *larger(200)])
+@pytest.mark.parametrize("runs", [10, *larger(200)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_abstain_covers_every_completion(name: str, runs: int) -> None:
     """Invalid samples enter as zero maps; the certificate then holds for the map that they really had."""
@@ -543,7 +543,7 @@ def test_no_map_changes_more_elements_than_its_deflated_distance_allows(seed: in
     assert found.overlap(found.distance(1) * 0.999) >= 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *larger(1, 2, 3, 4)])
 def test_deflated_costs_at_size(seed: int) -> None:
     """Never above the cost at any point of the plane, and near the least of them."""
     rng = np.random.default_rng(seed)

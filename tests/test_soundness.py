@@ -220,6 +220,7 @@ def test_pixels_hold(model, images, binary, radius):
     assert ((found.map.flatten(1) - 0.5) * signs >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_attack_refutes_false_pixels(model, images, binary):
     signs = inflated(binary, 5).pixels(1.0)[1].flatten()
     assert refuted(signs, sampled(model, pgd(images[1], 1.0, flips(model, signs)), seed=1)) > 0

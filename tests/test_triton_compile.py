@@ -166,7 +166,7 @@ def test_fast_noise(architecture, pointer, channels_last, per_normal, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "block", "registers", "shared"),
-    [("*bf16", 1024, 120, 0), ("*fp32", 16384, 120, 64), ("*fp64", 16384, 128, 128)],
+    [("*fp32", 16384, 120, 64), *larger(("*bf16", 1024, 120, 0), ("*fp64", 16384, 128, 128))],
 )
 def test_select_in_one_block(architecture, pointer, block, registers, shared, tmp_path):
     wide = pointer == "*fp64"
@@ -184,7 +184,7 @@ def test_select_in_one_block(architecture, pointer, block, registers, shared, tm
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [False, *larger(True)])
 def test_select_by_histograms(architecture, wide, tmp_path):
     pointer = "*fp64" if wide else "*fp32"
     types = {"scores": pointer, "histograms": "*i32", "nonfinite": "*i32", "least": pointer, "g": pointer}
@@ -243,7 +243,7 @@ def test_betting_bounds(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [4, *larger(1)])
 def test_packed_gram(architecture, bits, tmp_path):
     tile, width = packed_gram._TILE, packed_gram._BYTES
     compiled = Compiled(
@@ -262,7 +262,7 @@ def test_packed_gram(architecture, bits, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "registers", "shared"),
-    [("*fp32", _of(96, 128), 64), ("*bf16", _of(96, 128), 64), ("*fp64", _of(192, 200), 64)],
+    [("*fp32", _of(96, 128), 64), *larger(("*bf16", _of(96, 128), 64), ("*fp64", _of(192, 200), 64))],
 )
 def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     out = "*fp64" if pointer == "*fp64" else "*fp32"
@@ -318,6 +318,7 @@ def test_mlp_smoothgrad(architecture, tmp_path):
     assert fused == sum(products) * mlp_smoothgrad.ROWS * 16 // (32 * mlp_smoothgrad.WARPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mlp_smoothgrad_of_two_layers(architecture, tmp_path):
     _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(_of(176, 200), shared=18688)

@@ -58,6 +58,7 @@ def localization(maps: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"region: got dtype {region.dtype}, expected bool")
     if region.shape not in (maps.shape, maps.shape[1:]):
         raise ValueError(f"region: got shape {tuple(region.shape)}, expected {tuple(maps.shape)} or without its B")
+    region = region.to(maps.device)
     positive = maps.double().clamp(min=0)
     inside, total = ((positive * where).flatten(1).sum(dim=1) for where in (region, torch.ones_like(region)))
     known = (total > 0) & torch.isfinite(maps.detach()).flatten(1).all(dim=1)

@@ -199,12 +199,13 @@ def _implementations(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def recording(
-    model: Any, record: Callable[[nn.Module, torch.Tensor], None], *, through_weights: bool = False
+    model: Any,
+    record: Callable[[nn.Module, torch.Tensor], None],
+    follow: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Inside, every attention of a transformers model calls ``record(module, weights [B, H, Nq, Nk])`` as it runs.
 
-    It then runs as it would without; with ``through_weights`` its output is the product of these weights and the
-    values, so that what hangs on the output hangs on them.
+    Then, where given, ``follow(module, values [B, H, Nk, D], output [B, Nq, H, D])``.
 
     Raises:
         ModelError: an implementation whose weights are not known here (takes eager, sdpa and those of `register`), or
@@ -235,10 +236,14 @@ def recording(
                 bias = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = softmax_weights(query, key, scale=scale, bias=bias)
         record(module, weights)
-        if through_weights or implementation is None:  # eager attention is code of the model, and this is what it does
-            return (weights @ value).transpose(1, 2), weights
-        given = {"scaling": scaling, "is_causal": is_causal}
-        return implementation(module, query, *unrepeated, attention_mask, **given, **kwargs)
+        if implementation is None:  # eager attention is code of the model, and this is what it does
+            result = (weights @ value).transpose(1, 2), weights
+        else:
+            given = {"scaling": scaling, "is_causal": is_causal}
+            result = implementation(module, query, *unrepeated, attention_mask, **given, **kwargs)
+        if follow is not None:
+            follow(module, value, result[0])
+        return result
 
     name = "robattr_recording"
     attention.register(name, forward)

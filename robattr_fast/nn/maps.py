@@ -42,13 +42,16 @@ def attention_maps(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tor
     Raises:
         ModelError: training mode, no known attention, an attention that runs twice or whose weights are not known.
     """
-    return recorded_maps(model, args, kwargs)
+    return followed_maps(model, args, kwargs, None)
 
 
-def recorded_maps(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, through_weights: bool = False
+def followed_maps(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    follow: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None,
 ) -> dict[str, torch.Tensor]:
-    """`attention_maps`; ``through_weights``: see `interface.recording`."""
+    """`attention_maps` of ``model(*args, **kwargs)``; ``follow``: see `interface.recording`."""
     if any(module.training for module in model.modules()):
         raise ModelError("model: it is in training mode; call model.eval() before looking at its attention")
     maps: dict[str, torch.Tensor] = {}
@@ -64,7 +67,7 @@ def recorded_maps(
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for inner in interface.interface_models(model).values():
-            stack.enter_context(interface.recording(inner, record, through_weights=through_weights))
+            stack.enter_context(interface.recording(inner, record, follow))
         for module in model.modules():
             for handle in _hooks(module, record):
                 stack.callback(handle.remove)
@@ -125,22 +128,15 @@ def _multihead_weights(
         mask = mask + _added(attn_mask).unflatten(0, (batch, heads) if attn_mask.dim() == 3 else (1, 1, -1))
     if key_padding_mask is not None:
         mask = mask + _added(key_padding_mask)[:, None, None, :]
-    extra = extra_keys(module, module.bias_k, k)
+    extra = []
+    if module.bias_k is not None:
+        extra.append(module.bias_k.view(1, heads, 1, width).to(k.dtype).expand(batch, -1, -1, -1))
+    if module.add_zero_attn:
+        extra.append(k.new_zeros((batch, heads, 1, width)))
     if extra:
         mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1, 1, k.shape[2])))
         k, mask = torch.cat([k, *extra], dim=2), F.pad(mask, (0, len(extra)))
     return softmax_weights(q, k, scale=width**-0.5, bias=mask)
-
-
-def extra_keys(module: nn.MultiheadAttention, bias: torch.Tensor | None, like: torch.Tensor) -> list[torch.Tensor]:
-    """What add_bias_kv and add_zero_attn put behind keys or values [B, H, Nk, head_dim] (``like``)."""
-    batch, heads, _, width = like.shape
-    extra = []
-    if bias is not None:
-        extra.append(bias.view(1, heads, 1, width).to(like.dtype).expand(batch, -1, -1, -1))
-    if module.add_zero_attn:
-        extra.append(like.new_zeros((batch, heads, 1, width)))
-    return extra
 
 
 def _added(mask):
