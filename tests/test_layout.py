@@ -31,7 +31,7 @@ FLOORS = [
 INSIDE = {
     "certificates": [
         {"theorems"},
-        {"ledger"},
+        {"ledger", "fields"},
         {"settings"},
         {"moments"},
         {"certificate"},
