@@ -100,7 +100,7 @@ def test_lemma_4_gives_the_number_of_the_page():
 HALVES = {
     "photograph": (exact.Halves(2048, 1, 120.0, 3400.0, 2.6e4), 182.0, 18452.0, 15052),
     "four blocks": (exact.Halves(2048, 4, 125.0, 3500.0, 2.7e4), 205.0, 18452.0, 15052),
-    "odd rows": (exact.Halves(21, 5, 1.2, 3.0, 1.5), 4.0, 12.0, 8),
+    "odd rows": (exact.Halves(201, 3, 1.2, 3.0, 1.5), 2.0, 12.0, 8),
     "one pattern": (exact.Halves(512, 1, 0.0, 8.0, 0.0), 0.5, 16.0, 8),
     "nothing seen": (exact.Halves(512, 2, 0.3, 8.0, 0.0), 0.5, 16.0, 8),
     "hopeless": (exact.Halves(4, 2, 3.0, 4.0, 20.0), 8.0, 12.0, 8),
@@ -341,3 +341,11 @@ def test_gaps_of_theorems_2_3_and_membership():
         inside, outside = exact.quantile(low[j]) - rival, bar - exact.quantile(high[j])
         assert stays_in[j].item() == pytest.approx(max(0.0, float(sigma / 2 * inside)), rel=1e-12)
         assert stays_out[j].item() == pytest.approx(max(0.0, float(sigma / 2 * outside)), rel=1e-12)
+
+
+def test_radius_at_the_ends_of_the_distance():
+    """Distances are to stay below: at e_q itself, and at the cap, that is no radius and not every radius."""
+    still = SecondMoments(0.25, 512, 40, 20.0, 0.0, 1.3, 0.0, 1.0)
+    assert (still.radius(1.3), still.radius(1.4)) == (0.0, math.inf)
+    moving = SecondMoments(0.25, 512, 40, 20.0, 0.0, 1.3, 85.0, 1.0)
+    assert moving.radius(math.sqrt(440)) < moving.radius(math.sqrt(441)) == math.inf

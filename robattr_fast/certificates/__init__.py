@@ -2,7 +2,9 @@
 
 from robattr_fast.certificates.certificate.certificate import Certificate
 from robattr_fast.certificates.certificate.statements import Overlap
-from robattr_fast.certificates.engine.certify import Progress, StopWhen, certify
+from robattr_fast.certificates.engine.certify import certify
+from robattr_fast.certificates.engine.plan import StopWhen
+from robattr_fast.certificates.engine.run import Progress
 from robattr_fast.certificates.engine.suggest import Suggestion, suggest
 from robattr_fast.certificates.settings import Settings
 from robattr_fast.metrics.overlap import overlap

@@ -36,7 +36,7 @@ def integer(low: int, high: int) -> Check:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an integer, got {shown(value)}")
-        if not low <= value <= high:
+        if not low <= int(value) <= high:
             raise ValueError(f"{name} must lie in {low}..{high}, got {shown(value)}")
         return int(value)
 
@@ -49,7 +49,9 @@ def number(low: float, high: float, *, beyond: bool = False) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {shown(value)}")
-        if not low <= value <= high or (beyond and value == low):  # written so that NaN fails
+        # Written so that NaN fails; integers beyond the range of floats are compared as they are.
+        size = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if not low <= size <= high or (beyond and size == low):
             raise ValueError(f"{name} must lie in {'(' if beyond else '['}{low:g}, {high:g}], got {shown(value)}")
         return float(value)
 

@@ -14,6 +14,7 @@ from robattr_fast.certificates.certificate.statements import Statements
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.certificates.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError, MergeError
+from robattr_fast.ops import _check
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
 
@@ -112,8 +113,8 @@ class Certificate(Statements):
             raise ValueError(
                 "second_moment: got True, but counts do not tell how elements move together; from_samples does"
             )
-        if isinstance(samples, int):
-            samples = torch.full((len(counts),), samples, dtype=torch.int64)
+        if not isinstance(samples, torch.Tensor):
+            samples = torch.full((len(counts),), _check.integer("samples", samples, 0, 2**31 - 1), dtype=torch.int64)
         settings = Settings(
             sigma=sigma,
             shape=tuple(shape) if shape is not None else (counts.shape[1],),
@@ -210,6 +211,8 @@ class Certificate(Statements):
             parts.append(f"invalid={self.invalid.tolist()}")
         if self.exploratory:
             parts.append("exploratory")
+        if any(self.disagreements()) and self.agreement is not None:
+            parts.append(f"agreement={[round(share, 3) for share in self.agreement.tolist()]}")
         return f"Certificate({', '.join(parts)})"
 
     @property

@@ -15,7 +15,7 @@ from robattr_fast.certificates.settings import Settings
 from robattr_fast.certificates.theorems import marginal
 from robattr_fast.certificates.theorems.bounds import sample_mean
 from robattr_fast.certificates.theorems.label import Prediction
-from robattr_fast.metrics.overlap import top_k
+from robattr_fast.metrics.overlap import set_size, top_k
 
 METHODS = ("best", "marginal", "second-moment")
 
@@ -94,11 +94,61 @@ class Statements:
         """Per image what second moments (T7) prove; None where they prove nothing."""
         return [moments.proved for moments in self._moments]
 
-    def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
+    @property
+    def clean_class(self) -> torch.Tensor | None:
+        """int64 [B]: the class that the model gives to each image itself; -1: none. None where it was not recorded."""
+        classes = self.settings.clean_class
+        return None if classes is None else torch.tensor(classes, dtype=torch.int64)
+
+    @property
+    def clean_score(self) -> torch.Tensor | None:
+        """float64 [B]: softmax probability of `clean_class`. None where it was not recorded."""
+        scores = self.settings.clean_score
+        return None if scores is None else torch.tensor(scores, dtype=torch.float64)
+
+    @property
+    def agreement(self) -> torch.Tensor | None:
+        """float64 [B]: the share of the samples whose class is `clean_class`. None where classes are not known."""
+        clean = self.clean_class
+        if clean is None or self.class_counts is None:
+            return None
+        votes = self.class_counts.gather(1, clean.clamp_min(0)[:, None])[:, 0]
+        return votes.where(clean >= 0, 0).double() / self.samples.clamp_min(1)
+
+    def disagreements(self, names: Sequence[str] | None = None) -> list[str | None]:
+        """Per image one line if most of its noisy copies get another class than the image itself; else None.
+
+        names: of the classes.
+        """
+        agreement, clean = self.agreement, self.clean_class
+        if agreement is None or clean is None or self.class_counts is None:
+            return [None] * len(self)
+
+        def named(number: int) -> str:
+            known = names is not None and number < len(names)
+            return f"class {number} ({names[number]})" if names is not None and known else f"class {number}"
+
+        lines: list[str | None] = []
+        for image, (own, share) in enumerate(zip(clean.tolist(), agreement.tolist(), strict=True)):
+            votes, samples = self.class_counts[image], int(self.samples[image])
+            most = int(votes.argmax())
+            if not samples or int(votes[most]) == 0 or (own >= 0 and int(votes[own]) == int(votes[most])):
+                lines.append(None)
+                continue
+            said = f"the model says {named(own)}" if own >= 0 else "the model gives the image no finite logits"
+            lines.append(
+                f"image {image}: {said}, most noisy copies {named(most)} ({100 * int(votes[most]) / samples:.0f} % of "
+                f"them, {100 * share:.0f} % the former): what is certified is about the smoothed model; a smaller "
+                "sigma brings the two together"
+            )
+        return lines
+
+    def overlap(self, k: float, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
         """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
 
         Args:
-            k: size of the top-k set, in 1..n//2. Ties of the displayed map go to the lowest index.
+            k: size of the top-k set: a number of elements in 1..n//2, or a float, their share in (0, 1/2]. Ties of the
+                displayed map go to the lowest index.
             radius: one L2 radius, or R of them; in the units of x.
             method: "marginal" (T3, T4), "second-moment" (T7), or "best" of those that this certificate holds.
 
@@ -108,7 +158,7 @@ class Statements:
         Raises:
             ValueError: k, radius or method out of range.
         """
-        self._check_query(k, method)
+        k = self._checked_size(k, method)
         radii, scalar = _radii(radius)
         by_moments = method != "marginal" and any(moments.proved for moments in self._moments)
         count = self._moment_counts(k, radii) if by_moments else torch.zeros(len(radii), len(self), dtype=torch.int64)
@@ -120,13 +170,13 @@ class Statements:
         share = count.double() / k
         return Overlap(share[0], won[0]) if scalar else Overlap(share, won)
 
-    def radius(self, k: int, overlap: float, method: str = "best") -> torch.Tensor:
+    def radius(self, k: float, overlap: float, method: str = "best") -> torch.Tensor:
         """The largest L2 radius at which the certified overlap is at least `overlap`, float64 [B].
 
         0 where it is not reached at any radius, inf where it holds at all. overlap: a share in (0, 1]; k, method as in
         `overlap`, whose inverse this is.
         """
-        self._check_query(k, method)
+        k = self._checked_size(k, method)
         if not 0 < overlap <= 1:
             raise ValueError(f"overlap must lie in (0, 1], got {overlap}")
         # The least count whose share, rounded as `overlap` rounds it, is enough.
@@ -187,15 +237,14 @@ class Statements:
     def _shaped(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(len(self), *self.settings.shape)
 
-    def _check_query(self, k: int, method: str) -> None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
-        if not 1 <= k <= self.settings.n // 2:
-            raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
+    def _checked_size(self, k: float, method: str) -> int:
+        """The number of elements in the top-k set that a query is about."""
+        size = set_size(k, self.settings.n, self.settings.n // 2)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "second-moment":
             self._require_moments()
+        return size
 
     @functools.cached_property
     def _moments(self) -> list[Moments]:
