@@ -148,7 +148,7 @@ def test_entries_that_cannot_be_shown(certs, change, message):
 @pytest.mark.parametrize("empty", ["entries", "shares", "radii"])
 def test_a_page_of_nothing(certs, empty):
     arguments = {"entries": [Entry("x", certs[0])], "shares": (0.2,), "radii": (0.1,), empty: ()}
-    with pytest.raises(ValueError, match="takes some of each"):
+    with pytest.raises(ValueError, match="expected some of each"):
         page(arguments.pop("entries"), **arguments)
 
 

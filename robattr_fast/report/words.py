@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from robattr_fast.certificates import Certificate
+from robattr_fast.report.rounding import grey_levels, psnr, rounded_psnr
 
 
 def remarks(cert: Certificate) -> list[str]:
@@ -46,3 +47,16 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
         "A checksum detects damage of a file, not forgery: robattr-fast verify FILE --model MODEL --replay all repeats "
         "all samples.",
     ]
+
+
+def radius_words(radii: Sequence[float], values: int | None) -> str:
+    """What L2 radii mean for an image of so many values in [0, 1] (0 or None: not known)."""
+    parts = []
+    for at in radii:
+        part = f"{at:g} is {_counted(grey_levels(at), 'value')} by one grey level of 255 each"
+        parts.append(part + (f" (PSNR {rounded_psnr(psnr(at, values))})" if values else ""))
+    return f"Radius {', '.join(parts)}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}".replace(",", " ")
