@@ -10,6 +10,7 @@ from torch import nn
 
 import robattr_fast as rf
 from robattr_fast import backends
+from robattr_fast.certificates.engine import run as engine_run
 from robattr_fast.certificates.engine import state
 from robattr_fast.certificates.verify.replay import replay
 from robattr_fast.model import perceptron
@@ -493,7 +494,7 @@ def test_certify_stops_early_and_resumes(fused, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         rf.certify(model, x, **arguments, checkpoint=path, progress=once)
-    monkeypatch.setattr(rf.certify.__globals__["_Run"], "_report", lambda self, image: None)
+    monkeypatch.setattr(engine_run.Run, "_report", lambda self, image: None)
     same(rf.certify(model, x, **arguments, checkpoint=path), whole)
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate
-from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.engine import run
 from robattr_fast.cli.app import app
 from robattr_fast.report import picture
 
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a folder of photographs; checkpoints are written after every batch."""
     write_photos(tmp_path / "photos", IMAGES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(picture, "certificate_figure", plain_figure)
     return tmp_path
 
@@ -65,7 +65,7 @@ KILLED = textwrap.dedent("""
     # Imports once, then forks a run of the command again and again and kills it at random times.
     import os, random, shutil, signal, sys, time
     import matplotlib.figure, scipy.stats, torch
-    from robattr_fast.certificates.engine import certify as engine
+    from robattr_fast.certificates.engine import run
     from robattr_fast.report import picture
     from robattr_fast.cli.app import app
 
@@ -73,7 +73,7 @@ KILLED = textwrap.dedent("""
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            engine._CHECKPOINT_SECONDS = 0.0
+            run.CHECKPOINT_SECONDS = 0.0
             app(sys.argv[1:], prog_name="robattr-fast")
         return child
 
@@ -102,7 +102,7 @@ KILLED = textwrap.dedent("""
 
 def test_killed_at_random_times(folder):
     command = ["certify", "photos", "--model", "_cli_models:tiny", "--samples", "600", "--batch-size", "4"]
-    search = os.pathsep.join([str(Path(__file__).parent), str(Path(engine.__file__).parents[2])])
+    search = os.pathsep.join([str(Path(__file__).parent), str(Path(run.__file__).parents[3])])
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *command],
         capture_output=True,
