@@ -81,6 +81,9 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             os.close(descriptor)
             descriptor = os.open(pathlib.Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the descriptor on
     finally:
         os.close(descriptor)

@@ -78,6 +78,7 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         if self._claim is not None:
             Path(self._claim.name).unlink(missing_ok=True)
+            fcntl.flock(self._claim, fcntl.LOCK_UN)
             self._claim.close()
 
     def file(self, name: str, suffix: str) -> Path:

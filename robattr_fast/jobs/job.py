@@ -13,7 +13,7 @@ import torch
 
 from robattr_fast.certificates import Certificate, Progress
 from robattr_fast.certificates import certify as certify_images
-from robattr_fast.errors import CertifyInterrupted, NonFiniteError
+from robattr_fast.errors import CertifyInterrupted, ModelError, NonFiniteError
 from robattr_fast.inputs import images, specs
 from robattr_fast.jobs.failures import EXPECTED, one_line
 from robattr_fast.jobs.folder import Folder, Say, WriteError
@@ -228,7 +228,9 @@ class Run:
             radius=self.results.radii[0],
         )
         trial = ("batch_size", "memory_format")
-        batches = self.batches.get(first.x.shape, {name: self.settings[name] for name in trial})
+        batches = {name: self.settings[name] for name in trial}
+        if not checkpoint.exists():  # which goes on as it began
+            batches = self.batches.get(first.x.shape, batches)
         start = self.clock()
         interrupted = False
         try:
@@ -244,6 +246,13 @@ class Run:
             )
         except CertifyInterrupted as error:
             certs, interrupted = error.certificate, True
+        except ModelError as error:
+            if self.model.preprocess is not images.to_tensor or "forward" not in str(error):
+                raise
+            raise ModelError(
+                f"{error} (it was given images {list(first.x.shape)}, in RGB and of their own size; a model that "
+                "expects others is named by a callable that returns (module, preprocess), or gets float .npy arrays)"
+            ) from error
         seconds = (self.clock() - start) / len(group)
         for image, cert in zip(group, (certs[i] for i in range(len(group))), strict=True):
             if int(cert.samples[0]) > 0:

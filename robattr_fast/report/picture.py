@@ -129,12 +129,17 @@ def certificate_figure(
         _show_map(saliency, cert.map[0])
         _show_membership(pixels, image, cert, k)
         _show_curves(curve, cert, k, radii)
-        heading = figure.suptitle(
-            printable(title), x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111"
-        )
-        heading.set_parse_math(False)  # a name is no formula
+        heading(figure, title)
         figure.text(0.012, 0.888, _caption(cert, max(radii)), ha="left", fontsize=10.5, color="#444444")
     return figure
+
+
+def heading(figure: Figure, title: str) -> None:
+    """A line above everything: a name, which is no formula."""
+    text = figure.suptitle(
+        printable(title), x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111"
+    )
+    text.set_parse_math(False)
 
 
 def save(figure: Figure, path: str | Path) -> None:
