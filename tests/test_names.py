@@ -18,8 +18,8 @@ from robattr_fast.inputs import names
 from robattr_fast.report import picture
 
 HOSTILE = {
-    "markup": "cat[final][/][bold red]",
-    "link": "a[link=http:x]b[/link]",
+    "markup": "cat[final][bold red]",
+    "link": "a[link=http:x]b[dim]",
     "ansi": "\x1b[2J\x1b]0;owned\x07",
     "line": "two\nlines\tand\rback",
     "html": "<script>alert(1)</script>&amp;\"'".replace("/", "\u2215"),
