@@ -15,6 +15,7 @@ from _photos import write_photos
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate
+from robattr_fast.certificates.certificate import files
 from robattr_fast.certificates.theorems.membership import membership
 from robattr_fast.cli.app import app
 from robattr_fast.report import entry, rounding
@@ -221,20 +222,49 @@ def test_images_are_shown_only_if_they_are_the_certified_ones(folder):
         (["out", "--size", 8], "size: got one without --model"),
         (["out", "--out", "no/such.html"], "no/"),
         (["damaged.safetensors"], "damaged.safetensors"),
-        (["forged"], "certificates.tsv says overlap@0.01 1.0"),
     ],
 )
 def test_bad_usage(folder, arguments, message):
     Path("damaged.safetensors").write_bytes(Path("out/photo0.safetensors").read_bytes()[:-1])
-    shutil.copytree("out", "forged")
-    table = Path("forged/certificates.tsv")
-    lines = [line.split("\t") for line in table.read_text().splitlines()]
-    lines[1][lines[0].index("overlap@0.01")] = "1.0"
-    table.write_text("\n".join(map("\t".join, lines)) + "\n")
     result = report(*arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert not Path("report.html").exists()
+
+
+def test_what_cannot_be_shown_is_named_and_the_rest_is_shown(folder):
+    """A damaged file, one that its table contradicts, one with settings that no reader expects, and a good one."""
+    table = Path("out/certificates.tsv")
+    lines = [line.split("\t") for line in table.read_text().splitlines()]
+    lines[1][lines[0].index("overlap@0.01")] = "1.0"
+    table.write_text("\n".join(map("\t".join, lines)) + "\n")
+    Path("out/damaged.safetensors").write_bytes(Path("out/photo0.safetensors").read_bytes()[:-1])
+    tensors, settings = files.load("out/photo1.safetensors")
+    files.save("out/strange.safetensors", tensors, {**settings, "tau": "x"})
+    result = report("out")
+    assert result.exit_code == 1, result.output
+    html = Path("report.html").read_text()
+    assert len(re.findall("<article", html)) == 1
+    for name, reason in (
+        ("photo0", "certificates.tsv says overlap@0.01 1.0"),
+        ("damaged", "checksum"),
+        ("strange", ""),
+    ):
+        (line,) = (line for line in result.stderr.splitlines() if f"{name}.safetensors" in line)
+        assert reason in line
+        assert f"Left out: out/{name}.safetensors" in html
+
+
+def test_sizes_as_numbers_of_elements(folder):
+    assert report("out", "--k", 50, "--k", 0.1).exit_code == 0
+    html = Path("report.html").read_text()
+    held = data(html)
+    assert held["labels"] == ["10 %", "50"]
+    assert [one["k"] for one in held["certificates"][0]["sets"]] == [36, 50]
+    assert ">50 elements<" in html
+    result = report("out", "--k", 181)
+    assert result.exit_code == 2
+    assert "k: got 181 of the 360 elements" in result.stderr
 
 
 @pytest.fixture(scope="module")

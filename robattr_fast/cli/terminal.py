@@ -15,7 +15,7 @@ from rich.text import Text
 from robattr_fast.inputs.names import printable
 from robattr_fast.jobs.failures import EXPECTED, one_line
 
-_TEXT = 10  # a column of text has at least this width, or that of its longest text
+_TEXT = 8  # a column of text has at least this width, or that of its longest text
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 
 

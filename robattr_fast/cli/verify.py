@@ -130,7 +130,7 @@ def _table(found: Sequence[Verified], asked: Asked) -> Lines:
     lines = Lines(
         "Share of the top of the map that provably stays, by L2 radius, from the counts",
         [
-            ("certificate", "text"),
+            ("file", "text"),
             ("top", "number"),
             *((f"{at:g}", "number") for at in asked.radii),
             (f"{100 * asked.overlap:g} % stays to", "number"),
@@ -147,9 +147,9 @@ def _table(found: Sequence[Verified], asked: Asked) -> Lines:
             continue
         verdict = Text(one.verdict, _VERDICTS[one.verdict])
         if not one.found:
-            lines.add(one.path.name, *[""] * (len(asked.radii) + 5), verdict)
+            lines.add(one.path.stem, *[""] * (len(asked.radii) + 5), verdict)
         for row in one.found:
-            name = one.path.name if one.images == 1 else f"{one.path.name} [{row.image}]"
+            name = one.path.stem if one.images == 1 else f"{one.path.stem} [{row.image}]"
             lines.add(name, size_words(row.k), *_cells(row), *_label(row), str(row.samples), verdict)
     if fine > _SHOWN:
         lines.add(f"... and {fine - _SHOWN} more", *[""] * (len(asked.radii) + 5), Text("ok", _VERDICTS["ok"]))
