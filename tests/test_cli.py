@@ -347,6 +347,22 @@ def test_radius_rounds_down(value, text):
     assert rounding.radius(float("inf")) == "any"
 
 
+@pytest.mark.parametrize(("radius", "values"), [(0.0, 0), (1 / 255, 1), (2 / 255, 4), (0.06, 234), (0.0039, 0)])
+def test_a_radius_as_grey_levels(radius, values):
+    """Within the radius, and one more would leave it."""
+    assert rounding.grey_levels(radius) == values
+    assert (values / 255**2) ** 0.5 <= radius + 1e-12 < ((values + 1) / 255**2) ** 0.5 + 1e-9
+
+
+def test_a_radius_as_psnr():
+    x = torch.rand(3, 5, 7, dtype=torch.float64)
+    noise = torch.randn_like(x)
+    noise *= 0.02 / noise.norm()
+    assert rounding.psnr(0.02, x.numel()) == pytest.approx(-10 * float((noise**2).mean().log10()))
+    assert rounding.rounded_psnr(rounding.psnr(0.02, 105)) == "54.1 dB"
+    assert rounding.rounded_psnr(rounding.psnr(0, 105)) == "any"
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.98799, ".987"), (0.9996, ".999"), (0.05, ".050"), (1.0, "1.000")])
 def test_cosine_rounds_down(value, text):
     assert rounding.rounded_cosine(value) == text

@@ -378,3 +378,58 @@ def test_names_that_leave_no_room_for_suffixes_are_cut(folder):
     assert len(set(names)) == 2
     assert all((Path("out") / f"{name}.safetensors").exists() for name in names)
     assert certify()[1] == []
+
+
+def test_noisy_copies_of_another_class_are_told(folder):
+    """A model that calls smooth images class 0 and rough ones class 1: noise makes every image rough."""
+    Image.new("RGB", (12, 10), (128, 128, 128)).save("photos/plain.png")
+    done, said = certify("photos/plain.png", model="roughness")
+    (row,) = done.rows
+    assert (row.own, row.label.number) == ((0, "0"), 1)
+    assert said[0].startswith("warning: photos/plain.png: the model says class 0, most of its noisy copies 1")
+    assert (table()[0]["model_class"], table()[0]["class"]) == ("0", "1")
+    assert done.rows[0].classes == "noisy copies say 1, the model says 0"
+    shown = CliRunner().invoke(app, ["verify", "out"])
+    assert shown.exit_code == 0
+    assert "the model says class 0, most of its noisy copies 1" in shown.stdout
+    assert CliRunner().invoke(app, ["report", "out"]).exit_code == 0
+    html = Path("report.html").read_text()
+    assert "noisy copies say class 1 (1), " in html
+    assert "; the model says 0" in html
+    # Found again it is told again, and nothing is asked of the model.
+    assert certify("photos/plain.png", model="roughness")[1] == said
+    done, said = certify("photos/photo0.png")
+    assert (done.rows[0].own[0], said) == (done.rows[0].label.number, [])
+
+
+def test_nothing_certified_is_one_line_with_its_reason(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    fixed = ["certify", "photos", "--model", "_cli_models:tiny", "--batch-size", "16"]
+    few = CliRunner().invoke(app, [*fixed, "--samples", "8", "--out", "few"])
+    assert few.exit_code == 0
+    assert "photo0: nothing certified at radius 0.01 or above: 8 samples are too few, whatever the map" in few.stdout
+    assert "0.0 %" not in few.stdout
+    far = CliRunner().invoke(app, [*fixed, "--samples", "512", "--radius", "0.5", "--out", "far"])
+    assert (
+        "photo0: nothing certified at radius 0.5 or above: the top set begins to be certified below radius"
+        in far.stdout
+    )
+    near = CliRunner().invoke(app, ["verify", "far", "--radius", "0.5"])
+    assert near.exit_code == 0
+    assert "none" in near.stdout
+    assert "nothing certified at radius 0.5 or above" in near.stdout
+
+
+def test_a_top_set_of_a_number_of_elements(folder):
+    done, _ = certify(options=dataclasses.replace(OPTIONS, k=50))
+    assert {row.k for row in done.rows} == {50}
+    assert manifest()["settings"]["k"] == 50
+    assert done.rows[0].shares == [float(Certificate.load("out/photo0.safetensors").overlap(50, 0.001).share)]
+    with pytest.raises(
+        ValueError, match=r"k: got 181 of the 360 elements of a map, expected at most half of them, 180"
+    ):
+        certify(out="more", options=dataclasses.replace(OPTIONS, k=181))
+    assert not list(Path("more").glob("*.safetensors"))
+    for k in (0, 0.6, 1.5, -3, float("nan")):
+        with pytest.raises(ValueError, match=f"k: got {k}"):
+            dataclasses.replace(OPTIONS, k=k)

@@ -95,9 +95,22 @@ def test_tables_round_down(html, certs):
     for index, (share, k, cells) in enumerate(rows):
         cert, k = certs[index // len(SHARES)], int(k)
         assert float(share) == 100 * SHARES[index % len(SHARES)]
+        if not cert.overlap(k, RADII).share.any():
+            assert "colspan" in cells
+            assert "nothing certified at radius 0.01 or above: " in cells
+            continue
         *kept, half = re.findall(r"<td>(.*?)</td>", cells)
         assert kept == [rounding.percent(float(value)) for value in cert.overlap(k, RADII).share[:, 0]]
         assert half == rounding.radius(float(cert.radius(k, 0.5)))
+
+
+def test_what_a_radius_means_for_the_image(html):
+    grey = re.findall(
+        r">values that may change by one grey level of 255</th><td>(\d+)</td><td>(\d+)</td><td>(\d+)<", html
+    )
+    assert grey == [("6", "58", "234")] * 3
+    (decibels,) = re.findall(r">PSNR</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", html)  # of the one with an image
+    assert decibels == tuple(f"{math.floor(100 * math.log10(240 / at**2)) / 10:.1f} dB" for at in RADII)
 
 
 def test_nothing_but_the_page_itself(html):

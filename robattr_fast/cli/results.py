@@ -19,16 +19,21 @@ def print_results(results: Results, console: Console) -> None:
     """Rows, and what their numbers mean; nothing if there is no row."""
     if not results.rows:
         return
-    table(results).print(console)
-    more = len(results.rows) - _SHOWN
-    if more > 0:
-        tell(console, f"... and {more} more images: certificates.tsv has them all")
+    found = table(results)
+    if found.rows:
+        found.print(console)
+    for row in [row for row in results.rows if row.nothing is not None][:_SHOWN]:
+        label = f"class {row.classes}, {f'certified to {radius(row.label.radius)}' if row.label.radius else 'abstains'}"
+        tell(console, f"{row.name}: {row.nothing} ({label}; {row.samples} samples)")
+    if len(results.rows) > _SHOWN:
+        tell(console, f"certificates.tsv has all {len(results.rows)} images; at most {_SHOWN} of a kind are shown here")
     for line in notes(results):
         console.print(Text(line))
 
 
 def table(results: Results) -> Lines:
-    """One row per image."""
+    """One row per image of which something is certified."""
+    shown = [row for row in results.rows if row.nothing is None][:_SHOWN]
     lines = Lines(
         f"Share of the top {size_words(results.settings['k'])} of the map that provably stays, by L2 radius",
         [
@@ -40,11 +45,11 @@ def table(results: Results) -> Lines:
             ("time", "number"),
         ],
     )
-    for row in results.rows[:_SHOWN]:
+    for row in shown:
         lines.add(
             row.name,
             *cells(row),
-            row.label.name,
+            row.classes,
             radius(row.label.radius) if row.label.radius > 0 else "abstains",
             str(row.samples),
             f"{row.seconds:.0f} s",

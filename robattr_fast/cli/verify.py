@@ -159,9 +159,10 @@ def _table(found: Sequence[Verified], asked: Asked) -> Lines:
 def _cells(row: Found) -> list[Text]:
     """As in the table of `certify`, and up to which radius the asked share stays."""
     cells = []
+    nothing = not any(row.shares)
     for index, share in enumerate(row.shares):
         below = "" if row.cosines is None else f"\ncos {rounded_cosine(row.cosines[index])}"
-        cells.append(Text.assemble((percent(share), "bold cyan"), (below, "dim cyan")))
+        cells.append(Text.assemble(("none" if nothing else percent(share), "bold cyan"), (below, "dim cyan")))
     return [*cells, Text(shown_radius(row.stays_to))]
 
 

@@ -19,10 +19,10 @@ from robattr_fast.jobs.failures import EXPECTED, one_line
 from robattr_fast.jobs.folder import Folder, Say, WriteError
 from robattr_fast.jobs.options import Options, checked_device, stop_rule
 from robattr_fast.jobs.record import CERTIFICATE, PICTURE, Record
-from robattr_fast.jobs.results import Results, Row, describe, entry, label
+from robattr_fast.jobs.results import Results, Row, class_name, describe, entry, label
 from robattr_fast.jobs.resume import SAMPLING, Earlier
 from robattr_fast.machine import tune_allocator
-from robattr_fast.model import fingerprint
+from robattr_fast.model import autocast, batch_sizes, dtype_named, fingerprint, forward
 from robattr_fast.report.sizes import top_size
 
 # Of one image, not of the run: the next image may do better.
@@ -292,8 +292,22 @@ class Run:
             source=str(image.source.path),
             seconds=seconds,
             values=image.x.numel(),
+            own=self._own_class(image.x),
             index=image.index,
         )
+
+    @torch.no_grad()
+    def _own_class(self, x: torch.Tensor) -> tuple[int, str] | None:
+        """What the model says of the image itself; None if it cannot be asked."""
+        dtype = self.settings["autocast"]
+        least, _ = batch_sizes(self.module)
+        try:
+            with autocast(self.device, None if dtype is None else dtype_named(dtype)):
+                batch = x[None].expand(least, *x.shape).to(self.device)
+                number = int(forward(self.module, batch)[0].argmax())
+        except ModelError:
+            return None
+        return number, class_name(number, self.model.class_names)
 
     def _keep(self, image: _Image, cert: Certificate) -> None:
         """The certificate, before all else: a picture can be drawn again."""
@@ -305,6 +319,8 @@ class Run:
     def _note(self, image: _Image, cert: Certificate, row: Row, *, drawn: bool) -> None:
         """Picture (``drawn``: it is there already), manifest and table."""
         self._tell_held_back()
+        if row.differs is not None:
+            self.say("warning", f"{image.source.path}: {row.differs}")
         problem = None if drawn else self._draw(image, cert, row)
         record = Record() if not drawn else self.earlier.record(image.source)
         self.results.add(row, entry(row, cert), record)
@@ -315,7 +331,7 @@ class Run:
         """What kept the picture from being drawn, which costs the picture alone."""
         from robattr_fast.report import picture
 
-        title = f"{row.name}: {row.label.name if self.model.class_names else f'class {row.label.number}'}"
+        title = f"{row.name}: {row.classes if self.model.class_names else f'class {row.classes}'}"
         try:
             figure = picture.certificate_figure(image.x, cert, k=row.k, radii=self.results.radii, title=title)
             picture.save(figure, self.results.folder.file(row.name, PICTURE))

@@ -13,7 +13,7 @@ from robattr_fast.inputs.images import Preprocess
 from robattr_fast.inputs.names import from_cell
 from robattr_fast.jobs.failures import described
 from robattr_fast.jobs.sources import find_image
-from robattr_fast.jobs.verification import Folders, record_faults
+from robattr_fast.jobs.verification import Folders, record_faults, record_remarks
 from robattr_fast.report.page import SHARES, Entry, page
 from robattr_fast.report.sizes import top_size
 
@@ -87,7 +87,8 @@ def _entries(
                 cert=cert,
                 image=image,
                 class_name=from_cell(record.row.get("class_name", "")),
-                remarks=() if image is not None else (missing,),
+                own_class=from_cell(record.row.get("model_class_name", "")),
+                remarks=[*([] if image is not None else [missing]), *record_remarks(certs, record)],
             )
         )
     return entries

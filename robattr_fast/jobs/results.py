@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from robattr_fast.inputs.names import cell, from_cell
 from robattr_fast.jobs.folder import Folder
 from robattr_fast.jobs.record import CERTIFICATE, PICTURE, Record
 from robattr_fast.machine import device_model, versions
+from robattr_fast.report import words
 
 
 class Label(NamedTuple):
@@ -63,8 +65,12 @@ class Row:
     seconds: float
     values: int | None = None
     """Of the image: pixels times channels."""
+    own: tuple[int, str] | None = None
+    """The class that the model gives to the image itself, and its name; None where it was not asked."""
     reason: str | None = None
-    """Why ``bound`` is not the one asked for, where that is known."""
+    """Why ``bound`` is not the one asked for."""
+    nothing: str | None = None
+    """Why nothing of the top set is certified, if so."""
     index: int = 0
     """Its place in the run."""
 
@@ -80,6 +86,7 @@ class Row:
         source: str = "",
         seconds: float = 0.0,
         values: int | None = None,
+        own: tuple[int, str] | None = None,
         index: int = 0,
     ) -> Row:
         """What ``cert``, of one image, says; it is not kept, for a run may have thousands."""
@@ -105,9 +112,26 @@ class Row:
             n=settings.n,
             seconds=seconds,
             values=values,
-            reason=cert.reason,
+            own=own,
             index=index,
-        )
+        ).explained(cert, radii)
+
+    def explained(self, cert: Certificate, radii: Sequence[float]) -> Row:
+        """With what the table does not hold."""
+        nothing = None if any(self.shares) else words.nothing_certified(cert, self.k, radii)
+        return dataclasses.replace(self, reason=cert.reason, nothing=nothing)
+
+    @property
+    def classes(self) -> str:
+        """For people: of the noisy copies, and of the image itself where that is another."""
+        return words.classes(self.label.name, None if self.own is None else self.own[1])
+
+    @property
+    def differs(self) -> str | None:
+        """What is to be said where noisy copies are of another class than the image itself."""
+        if self.own is None or self.own[0] == self.label.number:
+            return None
+        return words.differing(self.own[1], self.label.name)
 
     @classmethod
     def from_tsv(cls, row: dict[str, str], radii: Sequence[float], index: int) -> Row:
@@ -139,6 +163,7 @@ class Row:
             n=int(row["n"]),
             seconds=float(row["seconds"]),
             values=int(row["values"]),
+            own=None if row["model_class"] == "" else (int(row["model_class"]), from_cell(row["model_class_name"])),
             index=index,
         )
 
@@ -166,6 +191,8 @@ class Row:
             **_per_radius("cosine", radii, self.cosines),
             "seconds": round(self.seconds, 3),
             "values": self.values,
+            "model_class": None if self.own is None else self.own[0],
+            "model_class_name": None if self.own is None else cell(self.own[1]),
         }
 
 

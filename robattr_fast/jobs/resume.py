@@ -139,6 +139,7 @@ class Earlier:
         except (KeyError, ValueError):
             return None
         row.seconds = self.seconds(source, cert, settings)
+        row = row.explained(cert, settings["radius"])
         return row if row.samples == int(cert.samples[0]) and row.source == str(source.path) else None
 
     def drawn(self, source: images.Source, settings: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from robattr_fast.certificates import Certificate
 from robattr_fast.certificates.theorems.membership import membership
 from robattr_fast.inputs.names import printable
 from robattr_fast.report import picture, words
-from robattr_fast.report.rounding import percent, rounded_cosine
+from robattr_fast.report.rounding import grey_levels, percent, psnr, rounded_cosine, rounded_psnr
 from robattr_fast.report.rounding import radius as shown_radius
 from robattr_fast.report.sizes import size_words, top_size
 
@@ -38,6 +38,7 @@ class Entry:
         cert: of this one image, with maps [n], [H, W] or [C, H, W].
         image: the model's input [C, H, W] in [0, 1], of the height and width of the maps; None: the map alone is shown.
         class_name: of the class that most samples vote for.
+        own_class: of the class that the model gives to the image itself; empty: not known.
         remarks: printed above the pictures, beside those on the certificate itself.
 
     Raises:
@@ -48,6 +49,7 @@ class Entry:
     cert: Certificate
     image: torch.Tensor | None = None
     class_name: str = ""
+    own_class: str = ""
     remarks: Sequence[str] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
@@ -144,7 +146,7 @@ class Shown:
             paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in reversed(range(len(self.methods)))),
             key="".join(_key(i, method) for i, method in enumerate(self.methods)),
             columns="".join(f'<th scope="col">{radius:g}</th>' for radius in radii),
-            rows=_rows(cert, self.shares, radii),
+            rows=_rows(entry, self.shares, radii),
             manifest="".join(
                 f'<tr><th scope="row">{shown_text(key)}</th><td>{shown_text(json.dumps(value))}</td></tr>'
                 for key, value in cert.settings.to_json().items()
@@ -218,6 +220,8 @@ def _facts(entry: Entry) -> str:
         radius = float(cert.prediction().radius[0]) if settings.ledger.label > 0 else 0.0
         known = f"class {entry.class_name} ({number})" if entry.class_name else f"class {number}"
         facts.append(f"{known}, {f'certified to radius {shown_radius(radius)}' if radius > 0 else 'not certified'}")
+        if entry.own_class and entry.own_class != (entry.class_name or str(number)):
+            facts[-1] = f"noisy copies say {facts[-1]}; the model says {entry.own_class}"
     facts += [
         f"{int(cert.samples[0])} samples",
         f"noise sigma {settings.sigma:g}",
@@ -227,23 +231,28 @@ def _facts(entry: Entry) -> str:
     return " · ".join(facts)
 
 
-def _rows(cert: Certificate, shares: Sequence[float], radii: Sequence[float]) -> str:
-    rows = []
+def _rows(entry: Entry, shares: Sequence[float], radii: Sequence[float]) -> str:
+    cert = entry.cert
+    rows: list[tuple[str, list[str]]] = []
+    one_line: dict[str, str | None] = {}
     for share in shares:
         k = top_size(share, cert.settings.n)
         kept = [percent(float(value)) for value in cert.overlap(k, radii).share[:, 0]]
-        rows.append(
-            (
-                f"{size_words(share)}, {k} elements" if share < 1 else f"{k} elements",
-                [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))],
-            )
-        )
+        size = f"{size_words(share)}, {k} elements" if share < 1 else f"{k} elements"
+        rows.append((size, [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))]))
+        one_line[size] = words.nothing_certified(cert, k, radii)
     if cert.has_second_moments:
         rows.append(("cosine with the map shown", [*(rounded_cosine(float(v)) for v in cert.cosine(radii)[:, 0]), ""]))
-    return "".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
-        for name, values in rows
-    )
+    rows.append(("values that may change by one grey level of 255", [*(f"{grey_levels(at)}" for at in radii), ""]))
+    if entry.image is not None:
+        rows.append(("PSNR", [*(rounded_psnr(psnr(at, entry.image.numel())) for at in radii), ""]))
+    lines = []
+    for name, values in rows:
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        if (nothing := one_line.get(name)) is not None:
+            cells = f'<td colspan="{len(values)}">{shown_text(nothing)}</td>'
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return "".join(lines)
 
 
 def _key(index: int, method: str) -> str:
