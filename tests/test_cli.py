@@ -26,6 +26,8 @@ from robattr_fast.inputs import images
 from robattr_fast.jobs import job, results
 from robattr_fast.report import rounding
 
+pytestmark = pytest.mark.wheel
+
 MODELS = """
 import torch
 from torch import nn

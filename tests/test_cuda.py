@@ -11,11 +11,12 @@ from _tape import CASES, COMMON
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast import backends, doctor
+from robattr_fast import backends
 from robattr_fast.certificates.engine.counting import Captured
 from robattr_fast.certificates.engine.retained import Retained
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.nn import KernelAttention
+from robattr_fast.ops import _selfcheck
 from robattr_fast.sampling import sampler as sampling
 from robattr_fast.sampling.sampler import Sampler
 
@@ -28,7 +29,7 @@ def x():
 
 
 def test_the_self_check_of_every_operator():
-    found = [row for row in doctor.examine().operators if row.device == "cuda"]
+    found = [row for row in _selfcheck.check_operators() if row.device == "cuda"]
     assert {row.operator for row in found} == set(backends.operators())
     assert [(row.operator, row.backend, row.detail) for row in found if row.check != "ok"] == []
 

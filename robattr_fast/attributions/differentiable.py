@@ -23,7 +23,7 @@ _MISSING_DERIVATIVE = re.compile(r"derivative for aten::(\w+?)(?:_backward)? is 
 
 
 class Recomputation:
-    """The derivative of mean over samples of f(g), g the input gradients of ``model`` at noisy copies of x.
+    """The derivative of mean over samples of f(g - centre), g the input gradients of ``model`` at noisy copies of x.
 
     Args:
         model: the user's, in eval mode; its parameters get the gradients.
@@ -73,17 +73,27 @@ class Recomputation:
         finally:
             self.model.zero_grad()
 
-    def attach(self, value: torch.Tensor, first_sample: int, samples: int) -> torch.Tensor:
-        """``value`` [B, *S], the smoothed map, with a graph to x and to the model's parameters."""
+    def attach(
+        self, value: torch.Tensor, first_sample: int, samples: int, centre: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``value`` [B, *S], the smoothed map, with a graph to x and to the model's parameters.
+
+        centre: [B, *S], constant; None for 0.
+        """
 
         def pull_back(cotangent: torch.Tensor, wanted: Sequence[bool]) -> list[torch.Tensor | None]:
             with self._surroundings.restored():
-                return self._pull_back(cotangent, wanted, first_sample, samples)
+                return self._pull_back(cotangent, wanted, first_sample, samples, centre)
 
         return _Attach.apply(value, pull_back, self.x, *self.parameters)
 
     def _pull_back(
-        self, cotangent: torch.Tensor, wanted: Sequence[bool], first_sample: int, samples: int
+        self,
+        cotangent: torch.Tensor,
+        wanted: Sequence[bool],
+        first_sample: int,
+        samples: int,
+        centre: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
         """Gradients with respect to x and the parameters, for the gradient [B, *S] of the map."""
         sampler = self.sampler
@@ -100,7 +110,7 @@ class Recomputation:
         done, all_samples = [0] * sampler.x.shape[0], [samples] * sampler.x.shape[0]
 
         def work(segments, batch, target):
-            return segments, self._gradients(segments, batch, target, weight, wanted)
+            return segments, self._gradients(segments, batch, target, weight, wanted, centre)
 
         while segments := next_batch(done, all_samples, first_sample, sampler.batch_size):
             segments, (rows, *gradients) = sampler.apply(segments, work)
@@ -125,13 +135,15 @@ class Recomputation:
         target: torch.Tensor | None,
         weight: torch.Tensor,
         wanted: Sequence[bool],
+        centre: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
-        """Of sum weight[image] f(g) over the segments' rows: with respect to the batch, and to each parameter."""
+        """Of sum weight[image] f(g - centre[image]) over the segments' rows, with respect to batch and parameters."""
         rows = batch.detach().requires_grad_()
         gradient, _ = _model.input_gradient(self.model, rows, target, create_graph=True)
-        weights = torch.cat([weight[s.image].expand(s.count, *weight.shape[1:]) for s in segments])
+        weights = _per_row(weight, segments)
         with torch.enable_grad():
-            maps = self.f(gradient[: weights.shape[0]])
+            gradient = gradient[: weights.shape[0]]
+            maps = self.f(gradient if centre is None else gradient - _per_row(centre, segments))
         found: list[torch.Tensor | None] = [None] * len(wanted)
         if not maps.requires_grad:  # a linear model with frozen parameters
             return found
@@ -141,6 +153,11 @@ class Recomputation:
         for i, derivative in zip(places, derivatives, strict=True):
             found[i] = derivative
         return found
+
+
+def _per_row(images: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """images [B, *S] repeated for the rows of the segments."""
+    return torch.cat([images[s.image].expand(s.count, *images.shape[1:]) for s in segments])
 
 
 class _Attach(torch.autograd.Function):

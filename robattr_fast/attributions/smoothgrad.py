@@ -81,7 +81,6 @@ def _check_finite(scored: Scored) -> None:
 
 
 KINDS = ("plain", "absolute", "squared", "vargrad", "scaled", "sparsified", "soft_topk")
-DIFFERENTIABLE_KINDS = ("plain", "absolute", "squared", "sparsified", "soft_topk")
 
 
 def _row_map(
@@ -112,8 +111,6 @@ def _row_map(
 
 
 def _check_differentiable(kind: str, levels: int | None) -> None:
-    if kind not in DIFFERENTIABLE_KINDS:
-        raise ValueError(f"kind: got {kind!r}, takes with differentiable=True {', '.join(DIFFERENTIABLE_KINDS)}")
     if kind == "sparsified" and levels is not None:
         raise ValueError(f"levels: got {levels}, takes None with differentiable=True: a rounded map has no gradient")
 
@@ -172,10 +169,10 @@ def smoothgrad(
         seed, first_sample, image_ids: see `noisy_samples`.
         batch_size: rows per forward pass, or "auto" for a short measured trial.
         differentiable: give the map a graph to x and to the parameters of the model that require gradients, for one
-            backward pass. Kinds "plain", "absolute", "squared", "sparsified" with levels=None, and "soft_topk". The
-            value is that of differentiable=False to the bit. The backward pass draws every batch again, so that memory
-            does not grow with q; it costs about three times the time of the forward pass. Gradients hold the class of
-            target=None constant, and the support as `sparsify` does.
+            backward pass. Every kind, "sparsified" with levels=None. The value is that of differentiable=False to the
+            bit. The backward pass draws every batch again, so that memory does not grow with q; it costs about three
+            times the time of the forward pass. Gradients hold the class of target=None constant, and the support as
+            `sparsify` does.
         progress: True prints lines to stderr, a callable is told (`SamplingProgress`), about twice a second; of the
             forward pass only.
 
@@ -194,8 +191,8 @@ def smoothgrad(
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
     check_images(x)
-    _check.integer("samples", samples, 1, 2**32 - 1)
-    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    samples = _check.integer("samples", samples, 1, 2**32 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
     tau, gamma = _check.fractions(tau, gamma)
     if differentiable:
         _check_differentiable(kind, levels)
@@ -203,7 +200,8 @@ def smoothgrad(
     accumulator = _Variance(x) if kind == "vargrad" else _Mean(row_map, x)
     map = Map.checked(x, sigma=sigma, target=target)
     sampler = prepared(model, x, map, Stream.checked(x, seed, image_ids))
-    recomputation = Recomputation(model, sampler, row_map, x) if differentiable else None
+    derived = torch.square if kind == "vargrad" else row_map
+    recomputation = Recomputation(model, sampler, derived, x) if differentiable else None
     if recomputation is not None:
         recomputation.check(first_sample)
     sampler.set_batch_size(batch_size, samples * x.shape[0])
@@ -217,4 +215,8 @@ def smoothgrad(
             done[image] += scored.segment.count
             reporter.report(image, done[image])
     value = accumulator.result(samples).to(torch.promote_types(x.dtype, torch.float32))
-    return value if recomputation is None else recomputation.attach(value, first_sample, samples)
+    if recomputation is None:
+        return value
+    # A variance is the mean of (g - m)^2 with m as a constant: around the mean it does not change with m.
+    centre = accumulator.mean if isinstance(accumulator, _Variance) else None
+    return recomputation.attach(value, first_sample, samples, centre)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
+from robattr_fast.metrics.arguments import both_vary, check_pair, where_known
 from robattr_fast.ops import _check
 
 
@@ -13,12 +15,32 @@ def top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor, k: int) -> torch.Tensor:
+def overlap(a: torch.Tensor, b: torch.Tensor, k: int, *, window: int = 0) -> torch.Tensor:
     """|top-k(a) & top-k(b)| / k of two batches of maps [B, *M], float64 [B]; ties go to the lowest index.
 
-    The measure R(x, x~, K) of Levine et al. 2019, and what `Certificate.overlap` bounds from below.
+    The measure R(x, x~, K) of Levine et al. 2019, and what `Certificate.overlap` bounds from below (with window=0).
+
+    Args:
+        a, b: maps.
+        k: number of elements in a top-k set, in 1..n.
+        window: count near misses too (Kamath et al. 2024): an element of the top-k of ``a`` is found again where one of
+            ``b`` is at most so many rows and so many columns away. Rows and columns are the last two dimensions of
+            [B, ..., H, W]; in maps [B, N] neighbours are counted along N. With window > 0, a and b are not symmetric.
+
+    NaN where a map is constant or not finite.
     """
-    if a.shape != b.shape or a.dim() < 2:
-        raise ValueError(f"a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, takes two equal shapes [B, *M]")
-    _check.integer("k", k, 1, a[0].numel())
-    return (top_k(a.flatten(1), k) & top_k(b.flatten(1), k)).sum(dim=1).double() / k
+    check_pair(a, b)
+    k = _check.integer("k", k, 1, a[0].numel())
+    window = _check.integer("window", window, 0, max(a.shape))
+    mine, theirs = (top_k(maps.detach().flatten(1), k) for maps in (a, b))
+    if window:
+        theirs = _widened(theirs.view(b.shape), window).flatten(1)
+    return where_known((mine & theirs).sum(dim=1).double() / k, both_vary(a, b))
+
+
+def _widened(mask: torch.Tensor, window: int) -> torch.Tensor:
+    """True within ``window`` rows and columns of a True of mask [B, N] or [B, ..., H, W]."""
+    rows = mask.flatten(0, -3) if mask.dim() > 2 else mask[:, None]
+    reach = (2 * window + 1, 2 * window + 1) if mask.dim() > 2 else (1, 2 * window + 1)
+    found = F.max_pool2d(rows[:, None].float(), reach, stride=1, padding=tuple(side // 2 for side in reach))
+    return found.view(mask.shape) > 0

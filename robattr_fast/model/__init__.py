@@ -7,6 +7,7 @@ from robattr_fast.model.gradient import (
     autocast,
     check_fixed,
     check_repeatable,
+    checked_logits,
     dtype_name,
     dtype_named,
     forward,
@@ -16,7 +17,7 @@ from robattr_fast.model.gradient import (
     selected_logits,
 )
 from robattr_fast.model.identity import explanation_name, fingerprint, input_hash, is_identified
-from robattr_fast.model.private import batch_sizes, private_copy
+from robattr_fast.model.private import batch_sizes, check_mode, private_copy
 
 __all__ = [
     "AUTOCAST",
@@ -25,7 +26,9 @@ __all__ = [
     "autocast",
     "batch_sizes",
     "check_fixed",
+    "check_mode",
     "check_repeatable",
+    "checked_logits",
     "dtype_name",
     "dtype_named",
     "explanation_name",

@@ -54,6 +54,11 @@ def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
             raise
         shape = tuple(batch.shape)
         raise ModelError(f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}") from error
+    return checked_logits(logits, batch)
+
+
+def checked_logits(logits: object, batch: torch.Tensor) -> torch.Tensor:
+    """What a model returned for a batch [N, *S], if it is floating-point logits [N, classes]; else ModelError."""
     if not isinstance(logits, torch.Tensor):
         raise ModelError(f"model: it returned {type(logits).__name__}, takes a model that returns one tensor of logits")
     if logits.dim() != 2 or logits.shape[0] != batch.shape[0]:
@@ -66,6 +71,9 @@ def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """f_c per sample [N]: c is ``target`` [N], or the largest logit of that very sample where target is None."""
     index = logits.detach().argmax(dim=1) if target is None else target
+    # On a device this would be waited for, and could not be captured.
+    if not index.is_cuda and not bool(((index >= 0) & (index < logits.shape[1])).all()):
+        raise ValueError(f"target: got {index.tolist()}, expected classes in [0, {logits.shape[1]})")
     return logits.gather(1, index[:, None])[:, 0]
 
 
@@ -92,7 +100,10 @@ def input_gradient(
 def scores(
     model: nn.Module, batch: torch.Tensor, target: torch.Tensor | None, explain: str | Explanation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(attribution scores [N, *S], signed as they come, logits [N, classes]) of a batch by the method ``explain``."""
+    """(attribution scores, signed as they come, logits [N, classes]) of a batch [N, *S] by the method ``explain``.
+
+    Scores [N, *S], or of a callable [N, *S[1:]]: one per pixel, as if they were summed over channels.
+    """
     if explain == "gradient":
         return input_gradient(model, batch, target)
     if explain == "input_x_gradient":
@@ -102,10 +113,12 @@ def scores(
     with torch.no_grad():
         logits = forward(model, batch.clone())  # a model may write into its input
     attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
-    if not isinstance(attribution, torch.Tensor) or attribution.shape != batch.shape:
+    allowed = [batch.shape] if batch.dim() < 3 else [batch.shape, batch.shape[:1] + batch.shape[2:]]
+    if not isinstance(attribution, torch.Tensor) or attribution.shape not in allowed:
         got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__
+        pixels = "" if batch.dim() < 3 else f", or one per pixel, {tuple(allowed[1])}"
         raise ModelError(
-            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}"
+            f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}{pixels}"
         )
     return attribution.detach(), logits
 
@@ -136,6 +149,6 @@ def check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float
     difference = float((once.double() - again.double()).nan_to_num().norm())
     if difference > half_digits * float(once.double().nan_to_num().norm()):
         raise ModelError(
-            f"explain: the callable gives one sample different scores from call to call (by {difference:.1e}); "
-            "takes a fixed function of each row"
+            f"explain: the callable gives one sample different scores from call to call, or from row to row "
+            f"of a batch (by {difference:.1e}); takes a fixed function of each row"
         )

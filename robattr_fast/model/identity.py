@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -14,9 +15,17 @@ _CALLABLE = "callable:"
 
 
 def explanation_name(explain: str | Explanation) -> str:
-    """What a certificate records; a callable never has the name of a built-in method."""
+    """What a certificate records; a callable never has the name of a built-in method.
+
+    A functools.partial has the name of its function and of its keywords, where these are plain values or callables.
+    """
     if isinstance(explain, str):
         return explain
+    if isinstance(explain, functools.partial) and not explain.args:
+        settings = sorted(explain.keywords.items())
+        if all(callable(value) or _is_plain(value) for _, value in settings):
+            named = [f"{key}={explanation_name(value) if callable(value) else repr(value)}" for key, value in settings]
+            return f"{explanation_name(explain.func)}({', '.join(named)})"
     module = getattr(explain, "__module__", None) or "?"
     return f"{_CALLABLE}{module}.{getattr(explain, '__qualname__', f'<{type(explain).__name__}>')}"
 

@@ -10,6 +10,19 @@ from robattr_fast.errors import ModelError
 from robattr_fast.model import exported
 
 
+def check_mode(model: nn.Module) -> None:
+    """TypeError unless it is a Module, ModelError if it, or a part of it, is in training mode."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    graphs = exported.graphs(model)
+    for name, graph in graphs.items():
+        exported.check_mode(name, graph)
+    for name, module in model.named_modules():
+        if module.training and not exported.contains(graphs, name):
+            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
+            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
+
+
 def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
     """A copy in eval mode that shares the parameters' memory, detached; buffers are its own.
 
@@ -20,15 +33,7 @@ def private_copy(model: nn.Module, *, frozen: bool = True) -> nn.Module:
     Raises:
         TypeError: not a Module. ModelError: training mode, or a model that cannot be copied.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
-    graphs = exported.graphs(model)
-    for name, graph in graphs.items():
-        exported.check_mode(name, graph)
-    for name, module in model.named_modules():
-        if module.training and not exported.contains(graphs, name):
-            where = f"its submodule {name!r} ({type(module).__name__}) is" if name else "it is"
-            raise ModelError(f"model: {where} in training mode; call model.eval() before explaining it")
+    check_mode(model)
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not frozen) for p in model.parameters()}
     try:
         return copy.deepcopy(model, shared)

@@ -4,7 +4,9 @@ from robattr_fast.nn.attention import KernelAttention, KernelSelfAttention
 from robattr_fast.nn.entropy import Entropy, attention_entropy
 from robattr_fast.nn.functional import KERNELS, kernel_attention, kernel_weights
 from robattr_fast.nn.kernelize import Swapped, kernelize
+from robattr_fast.nn.map_gradients import maps_and_gradients
 from robattr_fast.nn.maps import attention_maps
+from robattr_fast.nn.rollout import gradient_rollout, rollout
 
 __all__ = [
     "KERNELS",
@@ -14,7 +16,10 @@ __all__ = [
     "Swapped",
     "attention_entropy",
     "attention_maps",
+    "gradient_rollout",
     "kernel_attention",
     "kernel_weights",
     "kernelize",
+    "maps_and_gradients",
+    "rollout",
 ]

@@ -55,7 +55,7 @@ class Map:
         if tau is not None:
             tau, gamma = _check.fractions(tau, gamma)
         if levels is not None:
-            _check.integer("levels", levels, 1, 15)
+            levels = _check.integer("levels", levels, 1, 15)
         check_explain(explain, channel_sum, x)
         classes = check_target(target, x)
         return cls(
@@ -84,4 +84,4 @@ class Stream(NamedTuple):
     def checked(cls, x: torch.Tensor, seed: int, image_ids: torch.Tensor | Sequence[int] | None) -> Stream:
         """Of arguments as a user gives them, for images x [B, *S]; image_ids None: 0, 1, ..."""
         _check.seed(seed)
-        return cls(seed, tuple(check_image_ids(image_ids, x).tolist()))
+        return cls(int(seed), tuple(check_image_ids(image_ids, x).tolist()))

@@ -101,8 +101,9 @@ class Sampler:
         (first,) = self.sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
         _model.check_fixed(alone, first.logits, self._half_digits(alone))
         if callable(self.explain):
-            again = self.sparing(lambda: self._run([Segment(0, 0, 1)], self.batch_size))[0]
-            _model.check_repeatable(first.scores[0], again.scores[0], self._half_digits(first.scores))
+            once, half_digits = first.scores[0].clone(), self._half_digits(first.scores)
+            for again in self.sparing(lambda: self._run([Segment(0, 0, 1)] * self.batch_size, self.batch_size)):
+                _model.check_repeatable(once, again.scores[0], half_digits)
         else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         self.classes = classes

@@ -92,8 +92,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, An
     try:
         tensors = safetensors.torch.load(data)
         held = tensors.pop(_MANIFEST, None)
-        manifest = json.loads(manifest or (held if held is None else held.numpy().tobytes()))
-    except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        manifest = json.loads(manifest if held is None else held.numpy().tobytes())
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise fault(f"contents cannot be read: {error}") from error
     if not isinstance(manifest, dict):
         raise fault("the manifest is not an object")

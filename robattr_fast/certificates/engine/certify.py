@@ -73,8 +73,9 @@ def certify(
         target: class or classes [B] to explain; None: the largest logit of each noisy sample. A class chosen by looking
             at x is part of the map: it stays frozen as x moves.
         explain: "gradient" (|d f_c / d z|), "input_x_gradient" (|z * d f_c / d z|), or a callable
-            (model, batch [N, *S], target [N]) -> scores [N, *S]. It must be a fixed function of the noisy batch: the
-            certificate is void for one that also looks at x.
+            (model, batch [N, *S], target [N]) -> scores [N, *S], which are selected as they come, or, with
+            channel_sum, one per pixel [N, *S[1:]]; `robattr_fast.attributions` has such. It must be a fixed function of
+            the noisy batch: the certificate is void for one that also looks at x.
         channel_sum: sum the scores over dimension 1 of x before selection; the map then has shape S[1:].
         alpha: probability, for each image, that any statement about it is wrong. For N images together take alpha / N.
         bound: "betting", "kl", "clopper-pearson" (levels=1) or "hoeffding"; default betting, or kl for levels=None.
@@ -119,13 +120,13 @@ def certify(
         autocast=autocast,
     )
     stream = Stream.checked(x, seed, image_ids)
-    _check.integer("samples", samples, 1, 2**31 - 1)
-    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    samples = _check.integer("samples", samples, 1, 2**31 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
     bound = bound or ("betting" if levels is not None else "kl")
     check_bound(bound, levels)
     if stop is not None and bound != "betting":
         raise ValueError(f"stop: got a stop rule with bound={bound!r}; early stopping takes bound='betting'")
-    _check.integer("retain", retain, 4, 8192)
+    retain = _check.integer("retain", retain, 4, 8192)
     second_moment = second_moment and levels is not None
     if keep_samples and not second_moment:
         raise ValueError(

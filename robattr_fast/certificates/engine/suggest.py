@@ -150,9 +150,9 @@ def suggest(
         As `certify`; ValueError where no candidate is left.
     """
     radius = _check.positive("radius", radius)
-    _check.integer("pilot", pilot, 8, 8192)
-    _check.integer("samples", samples, 2, 2**31 - 1)
-    _check.integer("retain", retain, 4, 8192)
+    pilot = _check.integer("pilot", pilot, 8, 8192)
+    samples = _check.integer("samples", samples, 2, 2**31 - 1)
+    retain = _check.integer("retain", retain, 4, 8192)
     maps = _combinations(taus, gammas, levels)
     for _, _, number in maps:
         check_bound(bound, number)
@@ -172,7 +172,7 @@ def suggest(
         )
         for tau, gamma, number in maps
     ]
-    _check.integer("k", k, 1, wanted[0].n // 2)
+    k = _check.integer("k", k, 1, wanted[0].n // 2)
 
     sampler = prepared(model, x, scored, stream)
     sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
@@ -214,7 +214,7 @@ def _combinations(
     """All (tau, gamma, levels) that make sense, once each. gamma=tau leaves two values, whatever the levels."""
     maps: dict[tuple[float, float | None, int], None] = {}
     for number in levels:
-        _check.integer("levels", number, 1, 15)
+        number = _check.integer("levels", number, 1, 15)
         for tau in taus:
             _check.fractions(tau, None)
             for gamma in (None,) if number == 1 else gammas:

@@ -6,6 +6,7 @@ import torch
 
 from robattr_fast import model as _model
 from robattr_fast.certificates.settings import Settings
+from robattr_fast.errors import ModelError
 from robattr_fast.ops.count_sparsified import count_sparsified_
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._pack_levels import packed_row_bytes
@@ -22,12 +23,19 @@ class Sizes:
         self._buffer = torch.empty(0)
 
     def __call__(self, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """[count, n] of scores [count, *S], in the order of elements; valid until the next call. NaN if no class."""
+        """[count, n] of scores [count, *S] or one per pixel, in the order of elements; valid until the next call.
+
+        NaN if no class.
+        """
         if self._buffer.shape != scores.shape or self._buffer.dtype != scores.dtype:
             self._buffer = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
         is_named = self.settings.explain in _model.EXPLANATIONS
         sizes = torch.abs(scores, out=self._buffer) if is_named else self._buffer.copy_(scores)
-        if self.settings.channel_sum:
+        if sizes.shape[1:] != self.settings.shape:
+            if not self.settings.channel_sum:
+                raise ModelError(
+                    f"explain: the callable returned one score per pixel, {tuple(scores.shape)}: set channel_sum=True"
+                )
             sizes = sizes.sum(dim=1)
         sizes = sizes.flatten(1)
         # One NaN makes a row invalid.

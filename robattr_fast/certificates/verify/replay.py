@@ -92,7 +92,7 @@ def replay(
     settings = cert.settings
     total = int(cert.samples[0])
     if samples is not None:
-        _check.integer("samples", samples, 1, total)
+        samples = _check.integer("samples", samples, 1, total)
     k = max(1, settings.n // 5) if k is None else _check.integer("k", k, 1, settings.n)
     assert settings.input_hashes is not None
     faults = []
