@@ -88,19 +88,23 @@ class Lines:
 
     def _widths(self, width: int, padding: int) -> list[int] | None:
         """Of the columns: numbers whole, headings broken at spaces alone; None if that is too much."""
-        least, wished = [], []
+        least, whole, wished = [], [], []
         for index, (heading, kind) in enumerate(self.columns):
             cells = max((line.cell_len for row in self.rows for line in row[index].split("\n")), default=0)
             words = max((cell_len(word) for word in heading.split()), default=0)
             least.append(max(words, cells if kind != "text" else min(cells, _TEXT)))
+            longest = max((cell_len(word) for row in self.rows for word in row[index].plain.split()), default=0)
+            whole.append(max(least[-1], longest))
             wished.append(max(cell_len(heading), cells))
         spare = width - sum(least) - padding * len(least)
         if spare < 0:
             return None
-        for index in sorted(range(len(least)), key=lambda index: self.columns[index][1] != "text"):
-            more = min(wished[index] - least[index], spare)
-            least[index] += more
-            spare -= more
+        # First words are kept whole, then lines.
+        for goal in (whole, wished):
+            for index in sorted(range(len(least)), key=lambda index: self.columns[index][1] != "text"):
+                more = max(0, min(goal[index] - least[index], spare))
+                least[index] += more
+                spare -= more
         return least
 
     def _table(self, widths: list[int], padding: int) -> Table:
