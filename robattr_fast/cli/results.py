@@ -23,8 +23,9 @@ def print_results(results: Results, console: Console) -> None:
     if found.rows:
         found.print(console)
     for row in [row for row in results.rows if row.nothing is not None][:_SHOWN]:
-        label = f"class {row.classes}, {f'certified to {radius(row.label.radius)}' if row.label.radius else 'abstains'}"
-        tell(console, f"{row.name}: {row.nothing} ({label}; {row.samples} samples)")
+        known = f"class {row.classes}" if row.differs is None else row.classes
+        label = f"certified to {radius(row.label.radius)}" if row.label.radius > 0 else "not certified"
+        tell(console, f"{row.name}: {row.nothing} ({known}: {label}; {row.samples} samples)")
     if len(results.rows) > _SHOWN:
         tell(console, f"certificates.tsv has all {len(results.rows)} images; at most {_SHOWN} of a kind are shown here")
     for line in notes(results):

@@ -99,12 +99,9 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
 
 def radius_words(radii: Sequence[float], values: int | None) -> str:
     """What L2 radii mean for an image of so many values in [0, 1] (0 or None: not known)."""
-    parts = []
-    for at in radii:
-        part = f"{at:g} is {_counted(grey_levels(at), 'value')} by one grey level of 255 each"
-        parts.append(part + (f" (PSNR {rounded_psnr(psnr(at, values))})" if values else ""))
-    return f"Radius {', '.join(parts)}."
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}".replace(",", " ")
+    at = ", ".join(f"{radius:g}" for radius in radii)
+    counts = ", ".join(f"{grey_levels(radius):,}".replace(",", " ") for radius in radii)
+    text = f"L2 radius {at}: as far as {counts} values changed by one grey level (1/255) each"
+    return (
+        f"{text}; PSNR {', '.join(rounded_psnr(psnr(radius, values)) for radius in radii)}." if values else f"{text}."
+    )
