@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from robattr_fast.inputs.names import listed
+from robattr_fast.model import values_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -260,14 +261,9 @@ def centre_crop(size: int, *, fraction: float = 1.0, interpolation: str = "bicub
     return preprocess
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the tensor's values in C order, as hexadecimal digits."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-
-
 def image_id(tensor: torch.Tensor) -> int:
-    """The image's number in the noise stream: the first 32 bits of `digest`, so that it depends on nothing else."""
-    return int(digest(tensor)[:8], 16)
+    """The image's number in the noise stream: the first 32 bits of `values_hash`, so it depends on nothing else."""
+    return int(values_hash(tensor)[:8], 16)
 
 
 def _read_array(path: Path) -> np.ndarray:
