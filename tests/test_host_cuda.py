@@ -105,7 +105,7 @@ def test_thresholds_of_every_kind(machine, kind):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.02), (4, None)])
+@pytest.mark.parametrize(("levels", "gamma"), [(15, 0.02), *larger((1, None), (4, None))])
 def test_counts_and_packed_levels_of_every_kind(machine, kind, levels, gamma):
     scores = torch.from_numpy(np.stack([make_row(kind, 1500, seed=seed) for seed in range(3)])).view(1, 3, 1500)
     expected, expected_invalid = expected_counts(scores.numpy(), 0.1, gamma, levels)
