@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _larger import larger
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -74,7 +75,11 @@ CASES = {
 FRACTIONS = {"linear_attention, eps", "noisy_samples", "sparsify", "soft_topk", "count_sparsified_", "betting_bounds"}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of attention `make test` takes the operator and an encoder.
+LARGER = ("linear_attention, eps", "gaussian attention", "KernelAttention", "KernelSelfAttention", "sparsify to levels")
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in LARGER), *larger(*LARGER)])
 def test_sizes_vary_in_one_graph(name):
     """Values and gradients, through AOTAutograd; a fraction that varies may take another graph, but no other value."""
     torch._dynamo.reset()
