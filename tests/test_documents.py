@@ -26,7 +26,14 @@ def snippets(page: str) -> str:
     return "\n".join(part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:])
 
 
-PAGES = ["README.md", "docs/python.md", "docs/attention.md", "docs/attributions.md", "docs/integrations.md"]
+PAGES = [
+    "README.md",
+    "docs/python.md",
+    "docs/attention.md",
+    "docs/attributions.md",
+    "docs/folders.md",
+    "docs/integrations.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

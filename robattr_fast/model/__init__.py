@@ -30,6 +30,7 @@ from robattr_fast.model.identity import (
     input_hash,
     is_identified,
     other_model,
+    values_hash,
 )
 from robattr_fast.model.output import check_classes, checked_logits, logits_in
 from robattr_fast.model.private import batch_sizes, check_mode, private_copy, unwrapped
@@ -75,4 +76,5 @@ __all__ = [
     "unchanged",
     "unwrapped",
     "users_defaults",
+    "values_hash",
 ]
