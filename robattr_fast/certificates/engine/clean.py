@@ -31,24 +31,37 @@ def clean_prediction(
     """
     private = _model.private_copy(model, quiet=False)  # what its hooks collect is dropped below
     least, most = _model.batch_sizes(private)
-    rows = max(least, min(len(x), _ELEMENTS // x[0].numel()), 1)
+    rows = max(
+        least, 2, min(len(x), _ELEMENTS // x[0].numel())
+    )  # one row has no statistics of a batch to be refused for
     rows = rows if most is None else min(rows, most)
+    while True:
+        try:
+            with torch.autocast(x.device.type, enabled=False), _model.unchanged(model):
+                return _predicted(private, x, rows, autocast)
+        except Exception as error:
+            if not _model.is_out_of_memory(error):
+                raise
+            if rows // 2 < least:
+                held = "one row" if rows == 1 else f"{rows} rows"
+                raise ModelError(f"model: it runs out of memory with {held} per batch ({error})") from error
+        rows //= 2
+
+
+def _predicted(
+    private: nn.Module, x: torch.Tensor, rows: int, autocast: torch.dtype | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """In batches of so many rows, the last one filled up with its last image."""
     classes: list[int] = []
     scores: list[float] = []
-    with torch.autocast(x.device.type, enabled=False), _model.unchanged(model):
-        for part in x.detach().split(rows):
-            padded = torch.cat([part, part[-1:].expand(max(least - len(part), 0), *part.shape[1:])])
-            try:
-                with torch.no_grad(), _model.autocast(x.device, autocast):
-                    logits = _model.forward(private, padded)[: len(part)].double()
-            except Exception as error:
-                if not _model.is_out_of_memory(error):
-                    raise
-                raise ModelError(f"model: it runs out of memory with {rows} rows per batch ({error})") from error
-            shares, largest = logits.softmax(1).max(1)
-            finite = logits.amax(1).isfinite()  # a class may be masked by -inf
-            classes += torch.where(finite, largest, -1).tolist()
-            scores += torch.where(finite, shares.clamp(0, 1), 0.0).tolist()
+    for part in x.detach().split(rows):
+        padded = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])
+        with torch.no_grad(), _model.autocast(x.device, autocast):
+            logits = _model.forward(private, padded)[: len(part)].double()
+        shares, largest = logits.softmax(1).max(1)
+        finite = logits.amax(1).isfinite()  # a class may be masked by -inf
+        classes += torch.where(finite, largest, -1).tolist()
+        scores += torch.where(finite, shares.clamp(0, 1), 0.0).tolist()
     return tuple(classes), tuple(scores)
 
 
