@@ -136,7 +136,7 @@ class Settings:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.n > _MOST_ELEMENTS:
             raise ValueError(f"shape must have at most {_MOST_ELEMENTS} elements, got {self.shape}")
-        if self.gamma is not None and not (self.tau is not None and self.gamma <= self.tau):
+        if self.gamma is not None and self.tau is not None and self.gamma > self.tau:
             raise ValueError(f"gamma must be at most tau, got gamma={self.gamma}, tau={self.tau}")
         for evaluation in (self.declared, self.evaluation):
             check_bound(evaluation.bound, self.levels)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.certificate.agreement import check_moments
 from robattr_fast.certificates.certificate.contents import check
 from robattr_fast.certificates.certificate.merge import merge_settings
 from robattr_fast.certificates.certificate.statements import Statements
@@ -261,10 +262,12 @@ class Certificate(Statements):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Certificate":
-        """Reads a file. Raises CertificateFileError if it is damaged or contradicts itself, OSError if missing."""
+        """Reads a file. CertificateFileError if it is damaged or contradicts itself, OSError if it cannot be read."""
         tensors, manifest = files.load(path)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(files.CHECKPOINT)}
         try:
-            return cls(**tensors, settings=Settings.from_json(manifest))
-        except (TypeError, ValueError) as error:
+            cert = cls(**tensors, settings=Settings.from_json(manifest))
+            check_moments(cert.tensors, cert.settings)
+            return cert
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
             raise CertificateFileError(f"{os.fspath(path)}: {error}") from error
