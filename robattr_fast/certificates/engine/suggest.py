@@ -100,6 +100,7 @@ class Suggestion:
         return "\n".join(lines)
 
 
+@_model.neutral()
 def suggest(
     model: nn.Module,
     x: torch.Tensor,
@@ -182,6 +183,7 @@ def suggest(
     k = set_size(k, wanted[0].n, wanted[0].n // 2)
 
     sampler = prepared(model, x, scored, stream)
+    _model.check_classes(sampler.classes)
     sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
     found: list[list[Expected]] = [[] for _ in maps]
     agreement = []
