@@ -531,7 +531,23 @@ def test_noise_is_common_within_a_step_and_fresh_between_steps():
     assert not torch.equal(seen[1], seen[3])
     assert torch.equal(seen[0], explained.explain(model, x, torch.tensor([0])).float())
     graph, _ = explained.maps(model, x.clone().requires_grad_(), torch.tensor([0]), True, 2)
-    assert torch.equal(graph.detach(), seen[3])
+    torch.testing.assert_close(graph.detach(), seen[3])
+
+
+@pytest.mark.parametrize("kind", ["plain", "squared", "soft_topk", "sparsified"])
+def test_a_pass_over_few_samples_is_the_attribution(kind):
+    options = {"temperature": 0.01} if kind == "soft_topk" else {"levels": None, "gamma": 0.02}
+    explain = functools.partial(
+        attributions.smoothgrad, sigma=0.1, samples=20, kind=kind, **(options if kind != "plain" else {})
+    )
+    explained, model, target = attacks.maps.Explained(explain), smooth_net(), torch.tensor([1, 2])
+    x, z = (images(2).requires_grad_() for _ in range(2))
+    found, _ = explained.maps(model, x, target, True, 3)
+    expected = functools.partial(explain, first_sample=60)(model, z, target, create_graph=True).float()
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((maps * weights).sum(), leaf)[0] for maps, leaf in ((found, x), (expected, z))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max()))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------

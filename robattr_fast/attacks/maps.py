@@ -10,13 +10,27 @@ import torch
 from torch import nn
 
 from robattr_fast import model as _model
+from robattr_fast.attacks.geometry import working_dtype
 from robattr_fast.attributions import gradient, input_x_gradient, integrated_gradients, magnitude, smoothgrad
+from robattr_fast.attributions.smoothed import SEED
+from robattr_fast.attributions.smoothgrad import _row_map
+from robattr_fast.ops import _check
+from robattr_fast.ops.noisy_samples import noisy_samples
 from robattr_fast.ops.topk_threshold import topk_threshold
 from robattr_fast.reference._select import selected
 
 Attribution: TypeAlias = Callable[..., torch.Tensor]
 """(model, x [B, *S], target [B], create_graph=False) -> maps [B, *M]."""
 
+
+def smoothgrad_of_own_classes(
+    model: nn.Module, x: torch.Tensor, target: torch.Tensor | None = None, create_graph: bool = False, **settings: Any
+) -> torch.Tensor:
+    """`robattr_fast.attributions.smoothgrad` of the largest logit of each noisy copy, whatever the target."""
+    return smoothgrad(model, x, None, create_graph, **settings)
+
+
+_NOISY = (smoothgrad, smoothgrad_of_own_classes)
 _NAMED: dict[str, Attribution] = {
     "gradient": gradient,
     "input_x_gradient": input_x_gradient,
@@ -26,6 +40,11 @@ _NAMED: dict[str, Attribution] = {
     "sparsified": functools.partial(smoothgrad, kind="sparsified"),
 }
 _SINGLE_PASS = (gradient, input_x_gradient)
+_HELD = 64  # samples whose graphs are in memory together
+_CHUNK = 16  # rows of a pass on a CPU: more do not stay in its caches
+_MEANS = ("plain", "absolute", "squared", "sparsified", "soft_topk")
+_DEFAULTS: dict[str, Any] = {"kind": "plain", "tau": 0.1, "gamma": None, "levels": 1, "temperature": None}
+_ZERO = torch.zeros(1, dtype=torch.int64)  # one id for all images: a map is a function of its image
 _WIDTH = 0.3  # of a soft top-k, in units of the threshold it stands for
 _TRIAL = 8  # noisy samples that find that threshold
 _TRIAL_SEED = 0x517CC1B727220A95
@@ -73,7 +92,7 @@ class Explained:
             inner = _merged(_keywords(explain)["explain"], {})
             self._outer = explain
         self._inner = inner
-        self.noisy = _function(inner) is smoothgrad
+        self.noisy = _function(inner) in _NOISY
         if self.noisy:
             settings = _keywords(inner)
             missing = [name for name in ("sigma", "samples") if name not in settings]
@@ -93,10 +112,53 @@ class Explained:
             found, logits = _model.input_gradient(model, points, target, create_graph=create_graph)
             if self.explain is input_x_gradient:
                 found = found * points
+        elif draw and self._few:
+            found = self._mean(model, points, target, create_graph, draw)
         else:
             settings = {"create_graph": True} if create_graph else {}
             found = self._drawn(draw)(model, points, target, **settings)
         return found.to(torch.promote_types(found.dtype, torch.float32)), logits
+
+    @property
+    def _few(self) -> bool:
+        """Whether the graphs of all samples of an image may be held: then nothing needs to be computed twice."""
+        settings = _keywords(self._inner)
+        return self.noisy and settings["samples"] <= _HELD and settings.get("kind", "plain") in _MEANS
+
+    def _mean(
+        self, model: nn.Module, points: torch.Tensor, target: torch.Tensor, create_graph: bool, draw: int
+    ) -> torch.Tensor:
+        """What `_drawn` gives but for rounding, in one pass, from a model that was checked before."""
+        settings = _keywords(self._inner)
+        names = ("kind", "tau", "gamma", "levels", "temperature")
+        kind, tau, gamma, levels, temperature = (settings.get(name, _DEFAULTS[name]) for name in names)
+        tau, gamma = _check.fractions(tau, gamma)
+        if create_graph:
+            levels = None if kind == "sparsified" else levels
+        of_row = _row_map(kind, points[0].numel(), tau, gamma, levels, temperature)
+        samples, chunk = settings["samples"], _CHUNK if points.device.type == "cpu" else _HELD
+        own_classes = _function(self._inner) is smoothgrad_of_own_classes
+        first = settings.get("first_sample", 0) + draw * samples
+        found = []
+        for point, label in zip(points, target, strict=True):
+            total = torch.zeros((), dtype=torch.float64, device=point.device)
+            for done in range(0, samples, chunk):
+                count = min(chunk, samples - done)
+                rows = noisy_samples(
+                    point[None],
+                    settings["sigma"],
+                    count,
+                    seed=settings.get("seed", SEED),
+                    first_sample=first + done,
+                    image_ids=_ZERO.to(point.device),
+                )[0]
+                classes = None if own_classes else label.expand(count)
+                gradient, _ = _model.input_gradient(model, rows, classes, create_graph=create_graph)
+                with torch.set_grad_enabled(create_graph):
+                    total = total + of_row(gradient).sum(dim=0, dtype=torch.float64)
+            found.append((total / samples).to(working_dtype(points)))
+        maps = torch.stack(found)
+        return maps.abs() if self._outer is not None else maps
 
     def _drawn(self, draw: int) -> Attribution:
         if not self.noisy or not draw:

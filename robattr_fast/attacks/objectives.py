@@ -19,6 +19,7 @@ State: TypeAlias = dict[str, torch.Tensor]
 """What an objective keeps of the images: tensors [B, ...]."""
 
 CHANNELS = ("keep", "sum")
+_SHORT = 4096  # rows whose sort costs less than a call of the operator
 
 
 def sizes(maps: torch.Tensor, channels: str) -> torch.Tensor:
@@ -29,7 +30,10 @@ def sizes(maps: torch.Tensor, channels: str) -> torch.Tensor:
 
 def in_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     """`robattr_fast.metrics.overlap.top_k` of finite rows [B, n] without a sort: ties go to the lowest index."""
-    threshold = topk_threshold(values, k)[:, None]
+    if values.shape[1] <= _SHORT:
+        threshold = values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    else:
+        threshold = topk_threshold(values, k)[:, None]
     above, equal = values > threshold, values == threshold
     return above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
 
