@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +29,9 @@ _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _NOT_THE_DEFAULT = {"cuda": "not the default: no record shows it 1.5 times as fast as triton (ask for it by name)"}
 
 _logger = logging.getLogger("robattr_fast")
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Preference:
 
 _registry: dict[str, dict[str, Implementation]] = {}
 _preference: ContextVar[Preference | None] = ContextVar("robattr_fast_backend", default=None)
+# The `use` objects that are entered here, innermost last, each with the preference to go back to.
+_entered: ContextVar[tuple[tuple[use, Preference | None], ...]] = ContextVar("robattr_fast_entered", default=())
 
 
 def register(operator: str, backend: str, call: Callable, can_run: Callable[..., tuple[bool, str]]) -> None:
@@ -96,9 +103,11 @@ def preference() -> Preference:
 class use:
     """Prefer a backend: ``with use("triton"): ...``, ``use("cpu", strict=True)``, ``use(noisy_samples="reference")``.
 
-    Takes effect at once, like `torch.set_grad_enabled`; as a context manager it is undone at the end. An operator that
-    lacks the backend takes the next one and logs the reason once; with ``strict`` it raises `BackendError`. Named
-    operators alone are added to the preference in force, strictness included.
+    Takes effect at once, like `torch.set_grad_enabled`; as a context manager it is undone at the end, as a decorator it
+    holds while the function runs. One object may be entered again, also inside of itself. An operator that lacks the
+    backend takes the next one and logs the reason once; with ``strict`` it raises `BackendError`. Named operators alone
+    are added to the preference in force where it is entered, strictness included. Other threads are not concerned: a
+    thread starts with the environment variable; backward functions prefer what their forward did.
     """
 
     def __init__(self, backend: str | None = None, *, strict: bool = False, **operators: str) -> None:
@@ -106,18 +115,49 @@ class use:
             _checked(backend, "backend")
         for operator, name in operators.items():
             _checked(name, _known(operator, "use()"))
-        if backend is None:
-            outer = preference()
-            chosen = Preference(outer.default, outer.operators | operators, strict or outer.strict)
-        else:
-            chosen = Preference(backend, operators, strict)
-        self._token = _preference.set(chosen)
+        self._backend, self._strict, self._operators = backend, strict, operators
+        self._before = _preference.get()
+        self._made: Preference | None = self._chosen()
+        _preference.set(self._made)
+
+    def _chosen(self) -> Preference:
+        if self._backend is not None:
+            return Preference(self._backend, self._operators, self._strict)
+        outer = preference()
+        return Preference(outer.default, outer.operators | self._operators, self._strict or outer.strict)
+
+    def _taken_over(self) -> Preference | None:
+        """What to go back to: where the call that made this object is still in force, what was before it."""
+        before = _preference.get()
+        if self._made is not None and before is self._made:
+            before = self._before
+            _preference.set(before)
+        self._made = None
+        return before
 
     def __enter__(self) -> use:
+        before = self._taken_over()
+        _entered.set((*_entered.get(), (self, before)))
+        _preference.set(self._chosen())
         return self
 
     def __exit__(self, *_: object) -> None:
-        _preference.reset(self._token)
+        entered = _entered.get()
+        last = max(index for index, (owner, _before) in enumerate(entered) if owner is self)
+        _entered.set(entered[:last])
+        _preference.set(entered[last][1])
+
+    def __call__(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        self._taken_over()
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(f"{function.__name__}: it runs after its call returns; enter `use` inside of it")
+
+        @functools.wraps(function)
+        def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            with self:
+                return function(*args, **kwargs)
+
+        return run
 
 
 @contextlib.contextmanager
@@ -166,12 +206,25 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str
     raise BackendError(f"{operator}: no backend runs on device {device} with dtype {dtype}")
 
 
-def call(operator: str, tensor: torch.Tensor, *args, **kwargs):
-    """Run ``operator`` on the backend chosen for ``tensor``, which is its first argument."""
+def subject(args: Iterable[object]) -> torch.Tensor:
+    """The tensor whose device and dtype choose the backend: the first floating-point one, else the first."""
+    first = None
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            if x.is_floating_point():
+                return x
+            first = x if first is None else first
+    assert first is not None, "no tensor among the arguments"
+    return first
+
+
+def call(operator: str, *args, **kwargs):
+    """Run ``operator`` on the backend chosen for its `subject`."""
+    tensor = subject(args)
     run = choose(operator, tensor.device, tensor.dtype)[1]
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device_of(tensor):
-        return run(tensor, *args, **kwargs)
+        return run(*args, **kwargs)
 
 
 @dataclass(frozen=True)

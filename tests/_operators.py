@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map
@@ -23,6 +25,25 @@ def needs_extension() -> None:
         pytest.skip(reason)
 
 
+every_isa = pytest.mark.parametrize("isa", _extension.CPU_ISAS)
+
+
+@contextlib.contextmanager
+def at_isa(isa: str):
+    """The CPU kernels at one instruction set; skips where this CPU lacks it."""
+    needs_extension()
+    has = _extension.cpu_isas()
+    if isa not in has:
+        pytest.skip(f"this CPU lacks {isa}, it has {', '.join(has)}")
+    before = _extension.cpu_isa()
+    _extension.set_cpu_isa(isa)
+    try:
+        with backends.use("cpu", strict=True):
+            yield
+    finally:
+        _extension.set_cpu_isa(before)
+
+
 # Triton's interpreter patches the language for the whole process: its tests run in one of their own, on "triton" alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The backend under which tests/test_host_cuda.py takes these cases: CUDA kernels on a CPU, slower still.
@@ -32,6 +53,12 @@ if INTERPRETED:
 
     _interpreter.hasten()
 
+
+# For cases that take the interpreter seconds.
+FEWER_DTYPES = [torch.float32, torch.bfloat16, *larger(torch.float64, torch.float16, when=INTERPRETED)]
+
+# `fast_mode` of gradcheck: in place of every element, one direction.
+FAST_MODES = [True, *([] if INTERPRETED else larger(False))]
 
 # Where there is a GPU, its backends run the same cases: `moved` takes their tensors there.
 ON_GPU = ("triton_on_gpu", "cuda_on_gpu") if torch.cuda.is_available() else ()

@@ -8,15 +8,19 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--default-backends", action="store_true", help="only cases that leave it to the package what runs an operator"
+        "--default-backends", action="store_true", help="only cases in which the package chooses what runs an operator"
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--default-backends"):
-        named = {item for item in items if "backend" in getattr(getattr(item, "callspec", None), "params", ())}
-        items[:] = [item for item in items if item not in named]
-        config.hook.pytest_deselected(items=list(named))
+        left_out = {
+            item
+            for item in items
+            if "backend" in getattr(getattr(item, "callspec", None), "params", ()) or item.get_closest_marker("once")
+        }
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(autouse=True, scope="session")

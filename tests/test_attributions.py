@@ -85,6 +85,10 @@ def test_grad_cam_is_that_of_captum():
             settings = {"layer": str(layer), "relu": relu}
             got = attributions.grad_cam(model, x, TARGET, resize=None, **settings)
             torch.testing.assert_close(got, expected[:, 0], rtol=1e-5, atol=1e-8)
+            got = attributions.grad_cam(
+                model, x, TARGET, layer=str(layer + 1), layer_input=True, relu=relu, resize=None
+            )
+            torch.testing.assert_close(got, expected[:, 0], rtol=1e-5, atol=1e-8)
             for mode, name in (("bilinear", "linear"), ("nearest", "nearest")):
                 larger = attr.LayerAttribution.interpolate(expected, (12, 12), mode)
                 got = attributions.grad_cam(model, x, TARGET, resize=name, **settings)
@@ -97,7 +101,7 @@ def test_grad_cam_of_an_averaged_layer_is_the_class_activation_map():
     x = images()
     weights = model[4].weight[TARGET].detach()
     expected = torch.einsum("bk,bkhw->bhw", weights, model[:2](x).detach()) / 100
-    got = attributions.grad_cam(model, x, TARGET, layer="1", relu=False, resize=None)
+    got = attributions.grad_cam(model, x, TARGET, layer="2", layer_input=True, relu=False, resize=None)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
 
 

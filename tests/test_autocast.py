@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import robattr_fast as rf
-from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.engine import run
 from robattr_fast.certificates.verify.replay import replay
 from robattr_fast.cli.app import app
 from robattr_fast.model import perceptron
@@ -114,7 +114,7 @@ def test_a_measured_choice(monkeypatch, tmp_path, factor, expected, batch_size):
     # A run goes on with what it has chosen, whatever would be faster now.
     arguments |= {"samples": 64, "autocast": "auto", "checkpoint": tmp_path / "checkpoint"}
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_REPORT_SECONDS", 0)
+        patch.setattr(run, "REPORT_SECONDS", 0)
         with pytest.raises(rf.CertifyInterrupted):
             rf.certify(Witness().eval(), X, **arguments, progress=lambda event: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 1 / factor if way.autocast else 1)
@@ -131,7 +131,7 @@ def test_a_run_begun_in_bfloat16_is_not_continued_by_a_kernel_of_float32(monkeyp
     expected = rf.certify(model, X, **arguments)
     assert expected.settings.autocast == "bfloat16"
     arguments["checkpoint"] = tmp_path / "checkpoint"
-    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0)
     with pytest.raises(rf.CertifyInterrupted):
         rf.certify(model, X, **arguments, progress=lambda event: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(perceptron, "runs_fused", lambda device: True)

@@ -1,16 +1,20 @@
 """Which backend runs, in which order, and what is said about those passed over."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from robattr_fast import BackendError, _extension, backends, build
+
+pytestmark = pytest.mark.wheel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -105,6 +109,114 @@ def test_use_as_function(toy):
     assert chosen() == "reference"
     backends.use("cpu")
     assert chosen() == "cpu"
+
+
+def test_use_can_be_entered_again_and_inside_of_itself(toy):
+    again = backends.use("reference")
+    for _ in range(2):
+        with again:
+            assert chosen() == "reference"
+            with backends.use("triton"), again:
+                assert chosen() == "reference"
+            with again:
+                assert chosen() == "reference"
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+
+
+def test_use_entered_later_goes_back_to_what_was_then(toy):
+    early = backends.use("reference")
+    backends.use("triton")
+    with early:
+        assert chosen() == "reference"
+    assert chosen() == "triton"
+
+
+def test_leaving_use_undoes_what_was_set_inside(toy):
+    with backends.use("reference"):
+        backends.use("triton")
+        assert chosen() == "triton"
+    assert chosen() == "cpu"
+
+
+def test_named_operators_are_added_to_what_is_in_force_at_each_entry(toy, monkeypatch):
+    monkeypatch.setitem(backends._registry, "other", dict(toy))
+    named = backends.use(toy="reference")
+    with named:
+        pass
+    with backends.use("triton"), named:
+        assert (chosen(), chosen(operator="other")) == ("reference", "triton")
+
+
+def test_use_as_decorator(toy):
+    @backends.use("reference")
+    def factorial(n):
+        assert chosen() == "reference"
+        return 1 if n == 0 else n * factorial(n - 1)
+
+    assert factorial.__name__ == "factorial"
+    assert chosen() == "cpu", "decorating alone chooses nothing"
+    for _ in range(2):
+        assert factorial(3) == 6
+        assert chosen() == "cpu"
+
+    @backends.use("triton")
+    def fails():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert chosen() == "cpu"
+    for late in (lambda: (yield), _coroutine):
+        with pytest.raises(TypeError, match="it runs after its call returns"):
+            backends.use("triton")(late)
+        assert chosen() == "cpu"
+
+
+async def _coroutine():
+    pass
+
+
+def test_one_use_in_several_threads(toy):
+    shared = backends.use("reference")
+    barrier, found = threading.Barrier(2), []
+
+    def work():
+        assert chosen() == "cpu", "a thread starts from the environment variable"
+        with shared:
+            barrier.wait()
+            found.append(chosen())
+            barrier.wait()
+        found.append(chosen())
+
+    with shared:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert chosen() == "reference"
+    assert chosen() == "cpu"
+    assert sorted(found) == ["cpu", "cpu", "reference", "reference"]
+
+
+def test_one_use_in_interleaved_tasks(toy):
+    shared = backends.use("reference")
+
+    async def work(first, second):
+        with shared:
+            first.set()
+            await second.wait()
+            return chosen()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        found = await asyncio.gather(work(*events), work(*reversed(events)))
+        return [*found, chosen()]
+
+    with shared:
+        pass
+    assert asyncio.run(both()) == ["reference", "reference", "cpu"]
 
 
 def test_use_per_operator(toy, monkeypatch):

@@ -25,6 +25,8 @@ from robattr_fast.bench.worker import load, load_sides
 from robattr_fast.cli.app import app
 from robattr_fast.inputs import images
 
+pytestmark = pytest.mark.once
+
 SIDES, GATES = load_sides()
 CHECKOUT = (HERE / "benchmarks" / "__main__.py").exists() and records.git("rev-parse", "HEAD") is not None
 needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="git and the files of a checkout are what is tested")
@@ -176,7 +178,7 @@ def test_gates_are_red_where_something_is_wrong(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_peers_of_attention_compute_the_same_derivatives(causal):
-    sides = load("operator_sides")
+    sides = load("attention_sides")
     spec = {**spec_of("attention."), "causal": causal}
     given = [x.double() for x in sides._attention_given(spec)]
     expected = sides.attention_derivatives(rf.linear_attention, given, causal)
@@ -255,8 +257,14 @@ def test_an_entry_is_measured_and_recorded(tmp_path):
     assert record["machine"]["cores"] >= 1
     assert record["versions"]["torch"] == torch.__version__
     assert set(record) >= {"commit", "dirty", "date", "gate", "quick", "base"}
-    list(run.run([SMALL], Context(), path))
-    assert len(records.read(path)) == 2
+
+
+@pytest.mark.slow
+def test_records_are_added_to_a_file(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    for count in (1, 2):
+        list(run.run([SMALL], Context(), path))
+        assert len(records.read(path)) == count
 
 
 def test_no_figure_on_a_red_gate(tmp_path, monkeypatch):
@@ -269,6 +277,11 @@ def test_no_figure_on_a_red_gate(tmp_path, monkeypatch):
     assert record["sides"] == {}
     assert record["ratios"] == []
     assert records.latest([record], "small") is None
+
+
+@pytest.mark.slow
+def test_the_command_shows_no_figure_on_a_red_gate(monkeypatch):
+    monkeypatch.setattr(Process, "gate", lambda self, gate, spec: "it computes something else")
     monkeypatch.setattr(registry, "ENTRIES", (SMALL,))
     answer = CliRunner().invoke(app, ["bench", "--no-record"])
     assert answer.exit_code == 1
@@ -297,6 +310,7 @@ def test_the_command_refuses(arguments, message):
     assert message in answer.output
 
 
+@pytest.mark.slow
 def test_a_tree_is_measured_beside_another(tmp_path):
     """The other tree is this one with a slower operator: the sides measure what they were told to measure."""
     package = tmp_path / "robattr_fast"
@@ -491,12 +505,18 @@ def test_documents_say_what_the_records_say():
 
 
 @needs_checkout
+@pytest.mark.slow
 def test_both_faces_are_one_command():
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--only", "P99"], cwd=HERE, capture_output=True, text=True, timeout=120
     )
     assert answer.returncode == 2
     assert "only: got 'P99'" in answer.stderr
+
+
+@needs_checkout
+@pytest.mark.slow
+def test_the_documents_are_checked_by_a_command():
     check = subprocess.run([sys.executable, "-m", "benchmarks", "render", "--check"], cwd=HERE, timeout=120)
     assert check.returncode == 0
 

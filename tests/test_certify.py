@@ -16,9 +16,11 @@ from torch import nn
 import robattr_fast as rf
 from robattr_fast.certificates import Overlap
 from robattr_fast.certificates.certificate import files
-from robattr_fast.certificates.engine import certify as engine
+from robattr_fast.certificates.engine import plan, run
 from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram
 from robattr_fast.sampling import sampler as sampling
+
+pytestmark = pytest.mark.wheel
 
 
 def images(count: int = 2) -> torch.Tensor:
@@ -188,7 +190,7 @@ def test_the_checkpoint_of_a_stopped_run_holds_its_second_moments(tmp_path, monk
     path = tmp_path / "run.safetensors"
     stop = rf.StopWhen(k=20, radius=0.2, overlap=0.5)
     looks = {"sigma": 0.3, "tau": 0.2, "samples": 2048, "batch_size": 8, "stop": stop}
-    monkeypatch.setattr(engine, "_FIRST_LOOK", 512)
+    monkeypatch.setattr(plan, "FIRST_LOOK", 512)
     stopped = rf.certify(MODEL, images(1), **looks, checkpoint=path)
     assert int(stopped.samples) == 512
     assert torch.equal(rf.Certificate.load(path).distance(0.1), stopped.distance(0.1))
@@ -258,7 +260,7 @@ class Crash(Exception):
 @contextlib.contextmanager
 def crashing_after(saves):
     """Runs end with a Crash once they have written so many checkpoints."""
-    original, written = engine._Run._save, 0
+    original, written = run.Run._save, 0
 
     def save_then_crash(self, *, final=False):
         nonlocal written
@@ -268,7 +270,7 @@ def crashing_after(saves):
             raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Run, "_save", save_then_crash)
+        patch.setattr(run.Run, "_save", save_then_crash)
         yield
 
 
@@ -279,7 +281,7 @@ def test_resumed_runs_are_identical(tmp_path, monkeypatch, stop, batch_size):
     settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": batch_size, "stop": stop}
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     for crash_after in (1, 3, 20, 44, 50):
         with crashing_after(crash_after), contextlib.suppress(Crash):
             rf.certify(MODEL, x, **settings, checkpoint=path)
@@ -309,7 +311,7 @@ def test_a_certificate_is_no_checkpoint(tmp_path):
 def test_a_run_that_goes_on_without_folding_says_so(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     model, x = small_cnn(), images()[:, :1]
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     with crashing_after(2), pytest.raises(Crash):
         rf.certify(model, x, **COMMON, batch_size=8, checkpoint=path)
     assert rf.Certificate.load(path).settings.folded is True
@@ -393,7 +395,7 @@ def test_bad_input_names_the_argument(arguments, error, message):
 @pytest.mark.parametrize("k", [0, 73, 144])
 def test_k_out_of_range(k):
     certificate = rf.certify(MODEL, images(), **COMMON, batch_size=8)
-    with pytest.raises(ValueError, match=r"k must lie in 1..n//2 = 1..72"):
+    with pytest.raises(ValueError, match=r"k: got \d+, takes an integer in \[1, 72\]"):
         certificate.overlap(k, 0.1)
 
 
@@ -509,7 +511,7 @@ def test_second_moments_cost_nothing_when_declined():
 
 
 def test_a_run_that_ends_off_its_looks_has_no_second_moments(monkeypatch):
-    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
 
     def interrupt(event):
         os.kill(os.getpid(), signal.SIGINT)
@@ -529,7 +531,7 @@ def test_retained_rows_survive_a_crash(tmp_path, monkeypatch, retain, keep):
     settings = {"sigma": 0.3, "tau": 0.2, "samples": 700, "batch_size": 16, "retain": retain, "keep_samples": keep}
     whole = rf.certify(MODEL, x, **settings)
     path = tmp_path / "run.safetensors"
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     for crash_after in (2, 20, 30):
         with crashing_after(crash_after), pytest.raises(Crash):
             rf.certify(MODEL, x, **settings, checkpoint=path)
@@ -549,7 +551,7 @@ def test_a_checkpoint_without_samples_cannot_go_on_keeping_them(tmp_path):
 
 
 def test_kept_samples_of_images_whose_turn_has_not_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
     settings = {"sigma": 0.3, "tau": 0.2, "samples": 64, "batch_size": 16, "keep_samples": True}
     path = tmp_path / "run.safetensors"
     with pytest.raises(rf.CertifyInterrupted) as interrupted:

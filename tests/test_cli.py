@@ -24,6 +24,8 @@ from robattr_fast.cli.progress import SampleProgress
 from robattr_fast.inputs import images
 from robattr_fast.jobs import results
 
+pytestmark = pytest.mark.wheel
+
 MODELS = """
 import torch
 from torch import nn

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from _operators import (
-    DTYPES,
+    FEWER_DTYPES,
     INTERPRETED,
     KINDS,
     LONG_KINDS,
@@ -25,6 +26,8 @@ import robattr_fast as rf
 from robattr_fast.reference import pack_levels
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference._select import selected
+
+pytestmark = pytest.mark.wheel
 
 __all__ = ["backend"]
 
@@ -91,7 +94,7 @@ def samples_of_two_programs(backend):
 
 
 @pytest.mark.parametrize("levels", [1, 4, 15])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FEWER_DTYPES)
 def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
     scores = torch.randn(2, samples_of_two_programs(backend), 3 * ROW).to(dtype)
     scores[1, 3, 5] = torch.nan
@@ -122,9 +125,9 @@ def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype
     assert torch.equal(invalid, unpacked_invalid)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4, 15])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 3 * ROW, 3 * ROW + 1])
+@pytest.mark.parametrize("levels", [1, *larger(2, 4), 15])
+@pytest.mark.parametrize("dtype", FEWER_DTYPES)
+@pytest.mark.parametrize("n", [1, *larger(3 * ROW), 3 * ROW + 1])
 def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
     scores = torch.randn(2, samples_of_two_programs(backend), n).to(dtype)
     scores[1, 3, n // 2] = torch.nan
@@ -238,7 +241,8 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.robattr_fast.count_sparsified_.default, (counts, scores, 0.3, 0.1, written))
 
 
-def test_compile():
+@pytest.mark.parametrize("compiler", ["aot_eager", *larger("inductor")])
+def test_compile(compiler):
     scores = torch.rand(2, 3, 40)
     counts = torch.zeros(2, 40, 4, dtype=torch.int32)
 
@@ -248,7 +252,7 @@ def test_compile():
         invalid = rf.count_sparsified_(counts, scores * 2, 0.3, 0.1, packed=packed)
         return invalid + 1
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
     assert compiled(counts, scores).tolist() == [1, 1]
     expected, _, expected_rows = pack(scores, 0.3, 0.1, 4)
     assert torch.equal(counts, expected)

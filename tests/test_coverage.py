@@ -9,11 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from scipy.stats import binom, norm
 
 from robattr_fast import Certificate
 from robattr_fast.certificates.theorems import marginal
 from robattr_fast.metrics.overlap import top_k
+
+pytestmark = pytest.mark.once
 
 RUNS, N, K, SIGMA, ALPHA = 2000, 40, 12, 0.5, 0.3
 ALLOWED = binom.ppf(0.9999, RUNS, ALPHA)
@@ -92,7 +95,7 @@ def test_at_the_planned_size(levels, bound, slack):
     assert ever_false(levels, 1, 600, bound=bound, slack=slack)[0] <= ALLOWED
 
 
-@pytest.mark.parametrize(("levels", "slack"), [(1, None), (1, 2), (3, None)])
+@pytest.mark.parametrize(("levels", "slack"), [(1, None), *larger((1, 2), (3, None))])
 def test_betting_at_the_worst_of_many_looks(levels, slack):
     assert ever_false(levels, 12, 50, bound="betting", slack=slack)[0] <= ALLOWED
 

@@ -11,9 +11,12 @@ from _tape import CASES, COMMON
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast import backends, doctor
-from robattr_fast.certificates.engine.state import Retained, State
+from robattr_fast import backends
+from robattr_fast.certificates.engine.counting import Captured
+from robattr_fast.certificates.engine.retained import Retained
+from robattr_fast.certificates.engine.state import State
 from robattr_fast.nn import KernelAttention
+from robattr_fast.ops import _selfcheck
 from robattr_fast.sampling import sampler as sampling
 from robattr_fast.sampling.sampler import Sampler
 
@@ -26,7 +29,7 @@ def x():
 
 
 def test_the_self_check_of_every_operator():
-    found = [row for row in doctor.examine().operators if row.device == "cuda"]
+    found = [row for row in _selfcheck.check_operators() if row.device == "cuda"]
     assert {row.operator for row in found} == set(backends.operators())
     assert [(row.operator, row.backend, row.detail) for row in found if row.check != "ok"] == []
 
@@ -143,7 +146,7 @@ def test_a_model_that_waits_for_the_device_runs_eagerly(x, caplog):
 
 
 def test_batches_do_not_wait_for_the_device(x, monkeypatch):
-    calls = {"run": 0, "add": 0, "add_captured": 0}
+    calls = {"run": 0, "add": 0, "_replayed": 0}
 
     def watched(method):
         def run(self, *arguments):
@@ -159,10 +162,10 @@ def test_batches_do_not_wait_for_the_device(x, monkeypatch):
 
     monkeypatch.setattr(Sampler, "run", watched(Sampler.run))
     monkeypatch.setattr(State, "add", watched(State.add))
-    monkeypatch.setattr(State, "add_captured", watched(State.add_captured))
+    monkeypatch.setattr(Captured, "_replayed", watched(Captured._replayed))
     arguments = COMMON | {"samples": 320, "second_moment": False}
     rf.certify(small_cnn(3).cuda(), x[:1], **arguments)
-    assert calls == {"run": 0, "add": 0, "add_captured": 10}
+    assert calls == {"run": 0, "add": 0, "_replayed": 10}
     rf.certify(small_cnn(3).cuda(), x.repeat(20, 1, 1, 1), **arguments | {"samples": 6})
     assert calls["run"] == 8
     monkeypatch.setattr(sampling, "can_capture", lambda device: False)

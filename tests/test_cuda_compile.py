@@ -16,6 +16,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources cannot be compiled here"),
     pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run without a checkout: no csrc beside them"),
 ]

@@ -1,13 +1,19 @@
-"""What the documents show runs: the snippets of README that stand by themselves, and the examples."""
+"""What the documents show runs: the code of the pages and the examples; links lead somewhere."""
 
 import gzip
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from _photos import write_photos
+from models import cnn_of_photographs
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,23 +21,38 @@ if not (ROOT / "README.md").is_file():
     pytest.skip("the documents are not beside the tests", allow_module_level=True)
 
 
-def snippets(section: str) -> str:
-    """The Python of one section of README."""
-    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return "\n".join(part.split("```")[0] for part in text.split("```python\n")[1:])
+def snippets(page: str) -> str:
+    """The Python of one page."""
+    return "\n".join(part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:])
 
 
-@pytest.mark.parametrize("section", ["Attention that differentiates twice", "In other libraries"])
-def test_readme(section):
-    if section == "In other libraries":
+PAGES = ["README.md", "docs/python.md", "docs/attention.md", "docs/attributions.md", "docs/integrations.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    if page == "docs/integrations.md":
         for package in ("transformers", "captum"):
-            pytest.importorskip(package, reason=f"the snippet needs {package}")
+            pytest.importorskip(package, reason=f"the page needs {package}")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(snippets(section), "README.md", "exec"), names)
+    exec(compile(snippets(page), page, "exec"), names)
     if "gradient" in names:
         for name, parameter in names["model"].named_parameters():
             assert bool(parameter.grad.isfinite().all()), name
             assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_links_lead_to_pages():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_listed():
+    listed = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not {page for page in pages if f"({page})" not in listed}
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -93,3 +114,35 @@ def test_attacks_keep_their_size_and_find_more_than_chance():
             torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.full((2,), 0.5))
             changes.append(example.change(before, attribution(model, x + delta, target)).detach())
         assert bool((changes[1] > changes[0]).all())
+
+
+def test_pixel_example(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("captum", reason="the example explains by it")
+    spec = importlib.util.spec_from_file_location("pixel_certificates", EXAMPLE.parent / "pixel_certificates.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    write_photos(tmp_path / "photos", 4)
+    for label, path in enumerate(sorted((tmp_path / "photos").iterdir())):
+        path.rename(path.with_name(f"{path.stem}_{label}.png"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(example.rf, "tune_allocator", lambda: None)
+    names = [name for name in example.methods("2", 20, 4) if name != "relevance propagation"]  # no rule for Flatten
+    settings = "--model models:cnn_of_photographs --layer 2 --grids 1 --cell 6 --window 4 --samples 60 --batch 60"
+    chosen = [str(tmp_path / "photos"), *settings.split(), "--steps", "4", "--method", *names]
+    monkeypatch.setattr(sys, "argv", ["pixel_certificates", *chosen])
+    example.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == names
+    for row in rows:
+        selected, out = float(row[1]), float(row[2])
+        assert 0 <= selected <= 60
+        assert 0 < selected + out <= 100
+        assert len(row[4].split(" (")[0].split()) == 4
+    assert len({row[1] for row in rows}) > 3
+    # Behind an average and a linear layer a channel is missed as much as it adds to the logit.
+    model, x, target = cnn_of_photographs(), torch.rand(2, 3, 6, 8), torch.tensor([3, 1])
+    with torch.no_grad():
+        activation = model[:2](x)
+        added = model[4].weight[target] * activation.mean(dim=(2, 3)) / model(x).gather(1, target[:, None])
+        expected = torch.einsum("bk,bkhw->bhw", added, activation).relu()
+    torch.testing.assert_close(example.ablation_cam(model, x, target, layer="2"), expected, rtol=1e-4, atol=1e-6)

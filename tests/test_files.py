@@ -12,6 +12,8 @@ from robattr_fast.certificates.certificate.certificate import Certificate
 from robattr_fast.certificates.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError
 
+pytestmark = pytest.mark.once
+
 SETTINGS = Settings(
     sigma=0.25,
     shape=(1, 2, 2),

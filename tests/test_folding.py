@@ -10,6 +10,8 @@ from torch import nn
 from robattr_fast.model import input_gradient, private_copy
 from robattr_fast.model.folding import fold_batchnorm
 
+pytestmark = pytest.mark.once
+
 
 def with_statistics(model: nn.Module) -> nn.Module:
     torch.manual_seed(1)

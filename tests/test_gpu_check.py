@@ -19,6 +19,8 @@ from robattr_fast.bench.measure import OURS
 from robattr_fast.bench.run import run_entry
 from robattr_fast.bench.worker import load_sides
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "benchmarks").is_dir():
@@ -173,6 +175,7 @@ def test_records_are_added_once_and_reported(machine, monkeypatch):
     assert chosen(path.parent) == {}
 
 
+@pytest.mark.slow
 def test_the_share_of_the_floor_is_held_against_its_target():
     entry = on_cpu(next(entry for entry in ENTRIES if entry.name == "G1"))
     result = run_entry(dataclasses.replace(entry, sides=entry.sides[:1]), Context())

@@ -1,10 +1,4 @@
-"""The CUDA kernels, executed on the host under sanitizers and four orders of threads.
-
-ROBATTR_FAST_EVERY_CASE=1 runs every case of the CPU kernels, which takes minutes; without it those that repeat a path
-at greater length stay out.
-"""
-
-import os
+"""The CUDA kernels, executed on the host under sanitizers and four orders of threads."""
 
 import host_cuda
 import numpy as np
@@ -12,7 +6,8 @@ import pytest
 import test_count_sparsified
 import test_topk_threshold
 import torch
-from _operators import DTYPES, KINDS, make_row
+from _larger import larger
+from _operators import KINDS, make_row
 from host_cuda import Device, HostMachine
 from test_count_sparsified import expected_counts, expected_packed, pack
 from test_topk_threshold import assert_same, by_sorting
@@ -21,6 +16,9 @@ import robattr_fast as rf
 from robattr_fast import _extension, backends
 from robattr_fast.reference._select import selected
 
+# One process compiles the program: no other waits for it.
+pytestmark = [pytest.mark.once, pytest.mark.xdist_group("host_cuda")]
+
 # The cases of the CPU kernels.
 test_topk_against_sort = test_topk_threshold.test_against_sort
 test_every_k = test_topk_threshold.test_every_k
@@ -28,17 +26,23 @@ test_many_rows = test_topk_threshold.test_many_rows
 test_adds_to_counts = test_count_sparsified.test_adds_to_counts
 test_counts_are_detached = test_count_sparsified.test_counts_are_detached
 test_packed_into_part_of_a_buffer = test_count_sparsified.test_packed_into_part_of_a_buffer
-if os.environ.get("ROBATTR_FAST_EVERY_CASE") == "1":
-    test_long_rows = test_topk_threshold.test_long_rows
-    test_dtypes_and_shapes = test_topk_threshold.test_dtypes_and_shapes
-    test_count_against_sort = test_count_sparsified.test_against_sort
-    test_packed_against_sort = test_count_sparsified.test_packed_against_sort
-    test_is_the_sum_of_sparsified_maps = test_count_sparsified.test_is_the_sum_of_sparsified_maps
-    test_packed_map = test_count_sparsified.test_packed_is_the_packed_sparsified_map
-    test_packed_real_size = test_count_sparsified.test_packed_real_size
-    test_real_size = test_count_sparsified.test_real_size
-    test_more_rows_than_one_wave = test_count_sparsified.test_more_rows_than_one_wave
-    test_views_of_scores = test_count_sparsified.test_views_of_scores
+
+
+@pytest.mark.slow
+class TestLonger:
+    """Those that repeat a path at greater length, which takes minutes."""
+
+    test_long_rows = staticmethod(test_topk_threshold.test_long_rows)
+    test_dtypes_and_shapes = staticmethod(test_topk_threshold.test_dtypes_and_shapes)
+    test_count_against_sort = staticmethod(test_count_sparsified.test_against_sort)
+    test_packed_against_sort = staticmethod(test_count_sparsified.test_packed_against_sort)
+    test_is_the_sum_of_sparsified_maps = staticmethod(test_count_sparsified.test_is_the_sum_of_sparsified_maps)
+    test_packed_map = staticmethod(test_count_sparsified.test_packed_is_the_packed_sparsified_map)
+    test_packed_real_size = staticmethod(test_count_sparsified.test_packed_real_size)
+    test_real_size = staticmethod(test_count_sparsified.test_real_size)
+    test_more_rows_than_one_wave = staticmethod(test_count_sparsified.test_more_rows_than_one_wave)
+    test_views_of_scores = staticmethod(test_count_sparsified.test_views_of_scores)
+
 
 # What a short row meets here, a long one meets on a GPU: parts of at most 1024 floats, in clusters and without.
 CLUSTERS = Device(shared_per_block=7000, shared_for_two=0, clusters=True)
@@ -75,12 +79,12 @@ def backend(machine, monkeypatch):
     def next_machine():
         return machine(devices[next(calls) % len(devices)])
 
-    def topk_threshold(scores, out, k):
+    def topk_threshold(scores, k, *, out):
         next_machine().topk_threshold(out.view(-1), scores.reshape(-1, scores.shape[-1]), k)
 
-    def count_sparsified_(scores, counts, invalid, packed, tau, gamma):
+    def count_sparsified_(counts, scores, tau, gamma, packed, *, out):
         n = scores.shape[-1]
-        next_machine().count_sparsified_(counts, invalid, packed, scores, selected(tau, n), selected(gamma, n))
+        next_machine().count_sparsified_(counts, out, packed, scores, selected(tau, n), selected(gamma, n))
 
     for function in (topk_threshold, count_sparsified_):
         implementation = backends.Implementation(function, _extension.can_run_anywhere)
@@ -112,8 +116,8 @@ def test_counts_and_packed_levels_of_every_kind(machine, kind, levels, gamma):
         assert torch.equal(packed, expected_packed(scores.numpy(), 0.1, gamma, levels))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("levels", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, *larger(torch.float64, torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("levels", [1, *larger(5)])
 def test_types_and_views(dtype, levels):
     scores = torch.randn(2, 3, 603).to(dtype)
     scores[1, 2, 5] = torch.nan
@@ -146,7 +150,7 @@ def gpu_sampled_places(length: int, sampled: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("device", "cluster"), [(H200, 2), (STREAMED, 1)])
-@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("up", [True, *larger(False)])
 def test_sample_that_misleads(machine, device, cluster, up):
     row = make_row("half-normal", 17_024)
     part = row.size // cluster
@@ -174,6 +178,7 @@ def test_guess_that_ends_beside_the_threshold(machine, device, cluster, equal):
         assert_same(out[0], by_sorting(row, k))
 
 
+@pytest.mark.slow
 def test_real_size_on_a_cluster_of_eight(machine):
     scores = torch.stack([torch.from_numpy(make_row(kind, 150_528, seed=3)) for kind in ("half-normal", "one ulp")])[
         None
@@ -185,16 +190,16 @@ def test_real_size_on_a_cluster_of_eight(machine):
     np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 0.1, None, 1)[0])
 
 
-@pytest.mark.parametrize("levels", [1, 3])
-def test_more_rows_than_a_byte_counts(machine, levels):
+@pytest.mark.parametrize("clusters", [1, *larger(3)])
+@pytest.mark.parametrize("levels", [1, *larger(3)])
+def test_more_rows_than_a_byte_counts(machine, levels, clusters):
     scores = torch.rand(2, 260, 40)
     scores[..., :20] += 10  # an element takes the same level in every row: the lowest or the highest
-    for clusters in (1, 3):
-        counts, invalid = torch.zeros(2, 40, levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-        on = machine(H200, clusters)
-        on.count_sparsified_(counts, invalid, None, scores, 40, 4)
-        assert on.route.staged
-        np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 1.0, 0.1, levels)[0])
+    counts, invalid = torch.zeros(2, 40, levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    on = machine(H200, clusters)
+    on.count_sparsified_(counts, invalid, None, scores, 40, 4)
+    assert on.route.staged
+    np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 1.0, 0.1, levels)[0])
 
 
 def test_routes(machine):

@@ -5,6 +5,8 @@ import subprocess
 import host_cuda
 import pytest
 
+pytestmark = [pytest.mark.once, pytest.mark.xdist_group("host_machine")]
+
 
 @pytest.fixture(scope="module")
 def run():

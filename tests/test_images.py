@@ -10,6 +10,8 @@ from PIL import Image
 
 from robattr_fast.inputs import images
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def picture():

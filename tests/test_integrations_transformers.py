@@ -270,3 +270,25 @@ def test_smoothgrad_explains_it():
     maps = rf.smoothgrad(Logits(vit()).eval(), torch.rand(2, 1, 8, 8), sigma=0.1, samples=4, batch_size=4)
     assert bool(maps.isfinite().all())
     assert float(maps.abs().max()) > 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "robattr_linear"])
+@pytest.mark.parametrize("make", [bert, llama])
+def test_maps_leave_the_forward_alone_on_a_left_padded_batch(make, implementation):
+    """The first rows of a causal model see no key but padding; what each implementation makes of that stays its own."""
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+    keep = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    model = make(implementation)
+    seen = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    arguments = {"attention_mask": keep, "use_cache": False}
+    expected = model(ids, **arguments)[0]
+    maps = attention_maps(model, ids, **arguments)
+    if implementation == "eager":  # the same formula, not the same code
+        torch.testing.assert_close(seen[1], expected)
+    else:
+        assert torch.equal(seen[1], expected)
+    for name, weights in maps.items():
+        seeing = weights[0, :, 2:]
+        assert not seeing[..., :2].any(), name
+        torch.testing.assert_close(seeing.sum(-1), torch.ones(seeing.shape[:2]), rtol=0, atol=1e-5, msg=name)

@@ -10,6 +10,8 @@ import pytest
 
 from robattr_fast.ops import _schema
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "robattr_fast"
 
@@ -23,7 +25,7 @@ FLOORS = [
     {"attributions", "certificates"},
     {"report", "integrations"},
     {"jobs", "attacks"},
-    {"bench", "training", "doctor"},
+    {"bench", "training"},
     {"cli"},
     {"__main__", "__init__"},
 ]

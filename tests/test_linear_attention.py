@@ -9,7 +9,8 @@ import threading
 
 import pytest
 import torch
-from _operators import DTYPES, INTERPRETED, backend, needs_extension
+from _larger import larger
+from _operators import DTYPES, FAST_MODES, INTERPRETED, at_isa, backend, every_isa, needs_extension
 
 import robattr_fast as rf
 from robattr_fast.reference.linear_attention import FEATURE_MAPS, features
@@ -107,8 +108,11 @@ if INTERPRETED:
     ]
 
 
-@pytest.mark.parametrize(("feature_map", "causal", "normalize", "masked"), SETTINGS[:2] if INTERPRETED else SETTINGS)
-def test_twice_against_differences(backend, feature_map, causal, normalize, masked):
+@pytest.mark.parametrize("fast_mode", FAST_MODES)
+@pytest.mark.parametrize(
+    ("feature_map", "causal", "normalize", "masked"), [SETTINGS[0], *larger(SETTINGS[1])] if INTERPRETED else SETTINGS
+)
+def test_twice_against_differences(backend, feature_map, causal, normalize, masked, fast_mode):
     (q, k, v), _, _ = arguments(HEADS, 1, 4, 4, 3, 2)
     if feature_map == "identity" and normalize:
         q, k = q.abs(), k.abs()  # the sum of the weights must keep away from 0
@@ -120,8 +124,8 @@ def test_twice_against_differences(backend, feature_map, causal, normalize, mask
         )
 
     tensors = [x.requires_grad_() for x in (q, k, v)]
-    torch.autograd.gradcheck(attention, tensors, fast_mode=INTERPRETED)
-    torch.autograd.gradgradcheck(attention, tensors, fast_mode=INTERPRETED)
+    torch.autograd.gradcheck(attention, tensors, fast_mode=fast_mode)
+    torch.autograd.gradgradcheck(attention, tensors, fast_mode=fast_mode)
 
 
 # N, D, Dv: one row, around the vector, the chunk (32 causal, else 64) and the segment (1024).
@@ -140,18 +144,20 @@ if INTERPRETED:
     SIZES = [(1, 1, 1), (50, 18, 5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, *larger(torch.float64)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
-    batch = 1 if n > 1000 or INTERPRETED else 2
+    # Of few numbers the error of one computation may be small by chance: there are more images where they are small.
+    batch = 1 if n > 1000 or INTERPRETED else 2 if n > 2 else 64
     given = arguments(batch, HEADS, n, n, width, value_width, dtype)
     # Rows that see next to nothing are badly conditioned: eps is what their denominators are.
-    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, n)[:batch])
+    check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(max(batch, 2), n)[:batch])
     check_accuracy(given, causal=causal, normalize=False)
 
 
-CASES = [(*setting, dtype) for setting in SETTINGS for dtype in DTYPES]
+CASES = [(*setting, dtype) for setting in SETTINGS for dtype in DTYPES[:1]]
+CASES += larger(*((*setting, dtype) for setting in SETTINGS for dtype in DTYPES[1:]))
 if INTERPRETED:
     CASES = [(*setting, dtype) for setting, dtype in zip(SETTINGS, DTYPES, strict=True)]
 
@@ -221,7 +227,8 @@ def test_one_tensor_for_all(backend):
     torch.autograd.gradgradcheck(lambda x: rf.linear_attention(x, x, x, causal=True), x, fast_mode=INTERPRETED)
 
 
-def test_higher_derivatives(backend):
+@pytest.mark.parametrize("fast_mode", FAST_MODES)
+def test_higher_derivatives(backend, fast_mode):
     tensors = [away_from_zero(1, 1, 3, 2).requires_grad_() for _ in range(3)]
 
     def second(q, k, v):
@@ -229,8 +236,8 @@ def test_higher_derivatives(backend):
         first = torch.autograd.grad(loss.sum(), (q, k, v), create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in first), (q, k, v), create_graph=True)
 
-    torch.autograd.gradcheck(second, tensors)
-    torch.autograd.gradgradcheck(second, tensors)
+    torch.autograd.gradcheck(second, tensors, fast_mode=fast_mode)
+    torch.autograd.gradgradcheck(second, tensors, fast_mode=fast_mode)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -367,34 +374,13 @@ def test_bits_do_not_depend_on_threads(n, causal):
             assert torch.equal(other[name], found[0][name]), name
 
 
-_ISA_PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_linear_attention import arguments, check_accuracy, mask_of
-import torch, robattr_fast as rf
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    given = arguments(2, 2, 70, 70, 24, 20, dtype)
     for causal in (False, True):
-        given = arguments(2, 2, 70, 70, 24, 20, dtype)
-        with rf.backends.use("cpu", strict=True):
+        with at_isa(isa):
             check_accuracy(given, causal=causal, eps=0.1, key_padding_mask=mask_of(2, 70))
-"""
-
-
-@pytest.mark.skipif(INTERPRETED, reason="instruction sets of the C++ kernels")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    needs_extension()
-    done = subprocess.run(
-        [sys.executable, "-c", _ISA_PROGRAM, os.path.dirname(__file__)],
-        env=os.environ | {"ROBATTR_FAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if f"got {isa}, this CPU has" in done.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert done.returncode == 0, done.stderr
 
 
 _MEMORY_PROGRAM = """
@@ -415,7 +401,7 @@ print((peak() - before) / (65536 * 64 * 4))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="memory of the C++ kernels")
-@pytest.mark.parametrize("kind", ["causal", "not"])
+@pytest.mark.parametrize("kind", ["causal", *larger("not")])
 def test_memory_is_linear(kind):
     needs_extension()
     done = subprocess.run(
@@ -430,16 +416,19 @@ def second_order_inputs():
     return [x.requires_grad_() for x in tensors], grad.requires_grad_(), [x.requires_grad_() for x in directions]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("turned", [False, *larger(True)])
+@pytest.mark.parametrize("causal", [*larger(False), True])
 @pytest.mark.parametrize("order", ["", "_backward", "_double_backward"])
-def test_opcheck(order, causal):
+def test_opcheck(order, causal, turned):
     tensors, grad, directions = second_order_inputs()
     mask = torch.tensor([[True, False, True, True, True, False]])
     operator = getattr(torch.ops.robattr_fast, f"linear_attention{order}").default
     given = {"": tensors, "_backward": [grad, *tensors], "_double_backward": [*directions, grad, *tensors]}[order]
-    torch.library.opcheck(operator, (*given, "elu", causal, True, mask, 1e-6))
-    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in given]
-    torch.library.opcheck(operator, (*turned, "relu", causal, False, None, 1e-6))
+    if turned:
+        given = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+        torch.library.opcheck(operator, (*given, "relu", causal, False, None, 1e-6))
+    else:
+        torch.library.opcheck(operator, (*given, "elu", causal, True, mask, 1e-6))
 
 
 def test_compile():
@@ -477,7 +466,8 @@ def test_backward_in_another_thread_keeps_the_backend(monkeypatch):
     for name in ("linear_attention_backward", "linear_attention_double_backward"):
         implementation = rf.backends._registry[name]["reference"]
         recorded = dataclasses.replace(
-            implementation, call=lambda *args, name=name, call=implementation.call: ran.append(name) or call(*args)
+            implementation,
+            call=lambda *args, name=name, call=implementation.call, **out: ran.append(name) or call(*args, **out),
         )
         monkeypatch.setitem(rf.backends._registry[name], "reference", recorded)
     tensors, _, _ = second_order_inputs()

@@ -9,6 +9,8 @@ from torch.special import ndtr, ndtri
 
 from robattr_fast.certificates.theorems.membership import membership
 
+pytestmark = pytest.mark.once
+
 
 def extreme_maps(lower, upper, radius, sigma):
     """Every map whose values stand at an end of what the bounds allow within a radius."""

@@ -199,6 +199,20 @@ def test_differentiable(name):
     torch.autograd.gradcheck(lambda a, b: PAIRS[name](a, b, **settings), (a, b), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["cosine", "ssim", "centre_shift", "sensitivity"])
+def test_a_map_that_says_nothing_has_no_gradient_and_spoils_none(name):
+    shared = torch.ones((), requires_grad=True)
+    a, b = maps(8, 8), maps(8, 8, seed=1)
+    a[0], b[1, 0, 0] = 0.0, torch.nan
+    a, b = a.requires_grad_(), b.requires_grad_()
+    PAIRS[name](a * shared, b + shared).nansum().backward()
+    assert shared.grad.isfinite()
+    for map_grad in (a.grad, b.grad):
+        assert map_grad.isfinite().all()
+        assert (map_grad[:2] == 0).all()
+        assert (map_grad[2:] != 0).any()
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_refusals(name):
     with pytest.raises(ValueError, match=r"got shape.* \(4, 64\)"):

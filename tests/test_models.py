@@ -12,6 +12,8 @@ from torch import nn
 from robattr_fast import ModelError
 from robattr_fast.inputs import images, specs
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):

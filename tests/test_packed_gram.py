@@ -1,12 +1,8 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from _operators import INTERPRETED, LONG_ROW, backend
+from _operators import INTERPRETED, LONG_ROW, at_isa, backend, every_isa
 
-from robattr_fast import _extension
+from robattr_fast import backends
 from robattr_fast.certificates.moments.summary import grow_gram
 from robattr_fast.ops import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, packed_row_bytes, unpack_levels
@@ -73,29 +69,16 @@ def test_gram_grows_by_new_rows() -> None:
         assert torch.equal(gram, packed_gram(rows[:size], 15))
 
 
-@pytest.mark.skipif(not _extension.load()[0], reason="the extension is not built")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same_integers(isa: str) -> None:
-    """The level is read once per process, so each gets its own."""
-    script = (
-        "import torch, robattr_fast as rf\n"
-        "from robattr_fast.ops import packed_gram\n"
-        "for levels, width in ((1, 5000), (15, 20032)):\n"
-        "    width -= width % 64\n"
-        "    rows = torch.randint(0, 256, (71, width), dtype=torch.uint8)\n"
-        "    mask = torch.randint(0, 2, (width,), dtype=torch.uint8) * 255\n"
-        "    arguments = (levels, rows[5:14], mask)\n"
-        "    with rf.backends.use('cpu', strict=True):\n"
-        "        found = packed_gram(rows, *arguments), packed_gram(rows, levels)\n"
-        "    with rf.backends.use('reference', strict=True):\n"
-        "        assert torch.equal(found[0], packed_gram(rows, *arguments))\n"
-        "        assert torch.equal(found[1], packed_gram(rows, levels))\n"
-    )
-    environment = os.environ | {"ROBATTR_FAST_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    if "this CPU has" in done.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert done.returncode == 0, done.stderr
+@every_isa
+@pytest.mark.parametrize(("levels", "width"), [(1, 4992), (15, 20032)])
+def test_every_instruction_set_gives_the_same_integers(isa: str, levels: int, width: int) -> None:
+    rows = torch.randint(0, 256, (71, width), dtype=torch.uint8)
+    arguments = levels, rows[5:14], torch.randint(0, 2, (width,), dtype=torch.uint8) * 255
+    with at_isa(isa):
+        found = packed_gram(rows, *arguments), packed_gram(rows, levels)
+    with backends.use("reference", strict=True):
+        assert torch.equal(found[0], packed_gram(rows, *arguments))
+        assert torch.equal(found[1], packed_gram(rows, levels))
 
 
 def test_operator_passes_opcheck() -> None:
@@ -106,7 +89,7 @@ def test_operator_passes_opcheck() -> None:
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
-        (ValueError, "num_levels must be between 1 and 15, got 16", {"num_levels": 16}),
+        (ValueError, r"num_levels: got 16, takes an integer in \[1, 15\]", {"num_levels": 16}),
         (TypeError, "rows must be uint8", {"rows": torch.zeros(2, 64)}),
         (ValueError, "rows must have 2", {"rows": torch.zeros(64, dtype=torch.uint8)}),
         (ValueError, "multiple of 64", {"rows": torch.zeros(2, 63, dtype=torch.uint8)}),

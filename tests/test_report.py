@@ -20,6 +20,9 @@ from robattr_fast.cli.app import app
 from robattr_fast.report import entry, rounding
 from robattr_fast.report.page import SHARES, Entry, page
 
+# One process makes the run, and opens the browser.
+pytestmark = [pytest.mark.wheel, pytest.mark.xdist_group("report")]
+
 RADII = (0.01, 0.03, 0.06)
 
 

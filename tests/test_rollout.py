@@ -187,9 +187,25 @@ def test_gradients_in_transformers(monkeypatch):
             torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12)
 
 
+def test_gradients_under_autocast():
+    model, x = model_of("torch").float(), images().float().requires_grad_()
+    _, expected = maps_and_gradients(model, x, first_logit)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = maps_and_gradients(model, x, first_logit)
+    for got, wanted in zip(found.values(), expected.values(), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_keys_of_no_token_are_refused():
+    attention = nn.MultiheadAttention(4, 1, batch_first=True, add_zero_attn=True).eval()
+    with pytest.raises(ModelError, match="adds keys that come from no token"):
+        maps_and_gradients(nn.Sequential(attention), torch.rand(1, 2, 4).requires_grad_(), first_logit)
+
+
 def test_attention_that_the_score_does_not_depend_on():
     model = model_of("torch")
-    with pytest.raises(ModelError, match="does not depend on the attention weights"):
+    with pytest.raises(ModelError, match="does not depend on the attention 'blocks"):
         maps_and_gradients(model, images().requires_grad_(), lambda logits: logits.detach() + model.head.bias)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -280,19 +296,40 @@ def test_other_tokens_and_grids():
         attributions.rollout(model_of("torch").train(), images())
 
 
+class Tokens(nn.Module):
+    """Attention among so many tokens, whatever the image."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.rand(1, tokens, 4))
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.tokens * x.flatten(1).mean(dim=1)[:, None, None]
+        return self.attention(tokens, tokens, tokens)[0]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "size", "expected"),
+    ("tokens", "size", "expected", "others"),
     [
-        (197, (224, 224), ((14, 14), 1)),
-        (201, (224, 224), ((14, 14), 5)),
-        (196, (224, 224), ((14, 14), 0)),
-        (1 + 12 * 9, (192, 144), ((12, 9), 1)),
-        (11, (40,), ((10,), 1)),
+        (197, (224, 224), (14, 14), 1),
+        (201, (224, 224), (14, 14), 5),
+        (196, (224, 224), (14, 14), 0),
+        (1 + 12 * 9, (192, 144), (12, 9), 1),
+        (11, (40,), (10,), 1),
     ],
 )
-def test_square_patches_are_found(tokens, size, expected):
-    from robattr_fast.attributions.attention import _patches
+def test_square_patches_are_found(tokens, size, expected, others):
+    model, x = Tokens(tokens).eval(), torch.rand(1, 3, *size)
+    found = attributions.attention(model, x, resize=None)
+    assert found.shape == (1, *expected)
+    pairs = attention_maps(model, x)["attention"].detach().mean(1)
+    row = pairs[:, 0] if others else pairs.mean(1)
+    torch.testing.assert_close(found.flatten(1), row[:, others:])
 
-    assert _patches(tokens, size, None) == expected
+
+def test_patches_that_are_not_square_are_to_be_told():
+    model, x = Tokens(100).eval(), torch.rand(1, 3, 7, 11)
     with pytest.raises(ValueError, match="grid: got None, but 100 tokens"):
-        _patches(100, (7, 11), None)
+        attributions.attention(model, x)
+    assert attributions.attention(model, x, grid=(9, 11)).shape == (1, 7, 11)

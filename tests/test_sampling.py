@@ -334,7 +334,7 @@ def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     monkeypatch.setattr(trial, "_SHARE", 1e9)  # time is no reason to end it
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
-    monkeypatch.setattr(engine, "_Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))
+    monkeypatch.setattr(engine, "Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))
     stop = rf.StopWhen(k=20, radius=0.1, overlap=0.5)
     assert rf.certify(Pictures(), COLOURED[:1], **settings, stop=stop) == 64
     assert rf.certify(Pictures(), COLOURED[:1].repeat(2, 1, 1, 1), **settings, stop=stop) == 128

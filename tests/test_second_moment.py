@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from scipy.optimize import nnls
 from scipy.stats import binom
 from scipy.stats import norm as normal
@@ -29,6 +30,8 @@ from robattr_fast.certificates.moments.least_moves import DeflatedCost, least_co
 from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKCost, second_moments
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.reference import pack_levels
+
+pytestmark = pytest.mark.once
 
 SIGMA = 0.7
 
@@ -138,11 +141,11 @@ def test_population_bound_holds_and_is_nearly_attained() -> None:
     assert max(ratios) > 0.9
 
 
-@pytest.mark.slow
-def test_certificate_is_never_violated() -> None:
-    """60 maps, two sample sets each: distance, cosine, overlap of the displayed map, in every direction."""
+@pytest.mark.parametrize("planes", [12, *larger(60)])
+def test_certificate_is_never_violated(planes: int) -> None:
+    """Two sample sets of each map: distance, cosine, overlap of the displayed map, in every direction."""
     shares, shrunk_shares, closest, nearest = [], [], 0.0, 0.0
-    for seed in range(60):
+    for seed in range(planes):
         plane = PlaneMap.random(seed)
         rng = np.random.default_rng(5000 + seed)
         x = rng.uniform(-0.5, 0.5, 2)
@@ -173,9 +176,9 @@ def test_certificate_is_never_violated() -> None:
                 certified = deflated.overlap(moments.deflated_distance(radius))
                 assert overlaps(maps, displayed, 5).min() >= certified
                 shrunk_shares.append(certified / 5)
-    assert closest > 0.6
+    assert closest > (0.6 if planes == 60 else 0.5)
     assert nearest > 0.4
-    assert len(shrunk_shares) > 90 * len(RADII)
+    assert len(shrunk_shares) > 1.5 * planes * len(RADII)
     assert np.mean(shrunk_shares) > 0.1
     assert np.mean(shares) > 0.1
 
@@ -216,11 +219,11 @@ def truth(name: str) -> tuple[np.ndarray, np.ndarray]:
     return mean, (patterns * weights[:, None]).T @ patterns - np.outer(mean, mean)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("runs", [40, *larger(1000)])
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_coverage_of_the_events(name: str, blocks: int) -> None:
-    """1,000 runs at a generous alpha: e_q, lambda_u, that of shrunk maps and F_u fail no more often than they may."""
+def test_coverage_of_the_events(name: str, blocks: int, runs: int) -> None:
+    """At a generous alpha: e_q, lambda_u, that of shrunk maps and F_u fail no more often than they may."""
     weights, patterns, k_tau = mixture(name)
     mean, covariance = truth(name)
     true_spectral, true_frobenius = np.linalg.eigvalsh(covariance)[-1], np.linalg.norm(covariance)
@@ -234,7 +237,7 @@ def test_coverage_of_the_events(name: str, blocks: int) -> None:
     along = torch.from_numpy(patterns @ deflation.basis.T)
     gram = torch.from_numpy(patterns @ patterns.T)
     rng = np.random.default_rng(11)
-    runs, delta, rows = 1000, 0.3, 50 * blocks
+    delta, rows = 0.3, 50 * blocks
     failures = np.zeros(4)
     for _ in range(runs):
         chosen = rng.choice(len(weights), size=600, p=weights)
@@ -258,10 +261,10 @@ def test_coverage_of_the_events(name: str, blocks: int) -> None:
     assert (failures <= delta * runs + 3 * math.sqrt(delta * (1 - delta) * runs)).all(), failures
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("runs", [20, *larger(400)])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_whole_evaluation_covers(name: str) -> None:
-    """400 runs of the evaluation with its data-driven B, pilots and blocks.
+def test_whole_evaluation_covers(name: str, runs: int) -> None:
+    """Runs of the evaluation with its data-driven B, pilots and blocks.
 
     At alpha = .5 no more than half of them err: in an event, or in the overlap that is certified for p itself, which
     is a map within every radius.
@@ -271,7 +274,7 @@ def test_whole_evaluation_covers(name: str) -> None:
     true_spectral, true_frobenius = np.linalg.eigvalsh(covariance)[-1], np.linalg.norm(covariance)
     rng = np.random.default_rng(12)
     failures = found = 0
-    for run in range(400):
+    for run in range(runs):
         chosen = rng.choice(len(weights), size=120, p=weights)
         levels = patterns[chosen]
         moments, deflation = evaluate(levels, 1, k_tau, 30, 0.5, sigma=1.0)
@@ -291,14 +294,14 @@ def test_whole_evaluation_covers(name: str) -> None:
             costs = DeflatedCost(displayed, 10, deflation, moments.error)
             certified = max(certified, costs.overlap(moments.deflated_distance(0.0)))
         failures += wrong or overlaps(mean[None], levels.mean(0), 10)[0] < certified
-    assert failures <= 200
+    assert failures <= runs / 2
     # Two patterns vary along one direction only: nothing is left below it.
-    assert found > 360 or name in ("rank-one", "missed")
+    assert found > 0.9 * runs or name in ("rank-one", "missed")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("runs", [10, *larger(200)])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_abstain_covers_every_completion(name: str) -> None:
+def test_abstain_covers_every_completion(name: str, runs: int) -> None:
     """Invalid samples enter as zero maps; the certificate then holds for the map that they really had."""
     weights, patterns, k_tau = mixture(name)
     invalid_pattern = int(weights.argmin())
@@ -306,7 +309,7 @@ def test_abstain_covers_every_completion(name: str) -> None:
     true_spectral = np.linalg.eigvalsh(covariance)[-1]
     rng = np.random.default_rng(13)
     failures = 0
-    for _ in range(200):
+    for _ in range(runs):
         chosen = rng.choice(len(weights), size=500, p=weights)
         invalid = chosen == invalid_pattern
         levels = patterns[chosen] * ~invalid[:, None]
@@ -314,7 +317,7 @@ def test_abstain_covers_every_completion(name: str) -> None:
         moments, _ = evaluate(levels, 1, k_tau, 125, 0.5, invalid=counted, invalid_rows=counted)
         assert counted == 0 or moments.deflated is None
         failures += np.linalg.norm(levels.mean(0) - mean) > moments.error or true_spectral > moments.spectral
-    assert failures <= 100
+    assert failures <= runs / 2
     # The correction is needed: with half of the samples invalid the uncorrected bound does not cover.
     if name == "rank-one":
         plain, _ = evaluate(levels, 1, k_tau, 125, 0.5)
@@ -540,7 +543,7 @@ def test_no_map_changes_more_elements_than_its_deflated_distance_allows(seed: in
     assert found.overlap(found.distance(1) * 0.999) >= 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *larger(1, 2, 3, 4)])
 def test_deflated_costs_at_size(seed: int) -> None:
     """Never above the cost at any point of the plane, and near the least of them."""
     rng = np.random.default_rng(seed)

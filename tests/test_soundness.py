@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from _larger import larger
 from torch import nn
 from torch.nn import functional
 
@@ -14,7 +15,7 @@ from robattr_fast.certificates.theorems.bounds import marginal_bounds
 from robattr_fast.metrics.overlap import top_k
 
 # One process trains the model and samples its certificates once, for all tests.
-pytestmark = pytest.mark.xdist_group("soundness")
+pytestmark = [pytest.mark.xdist_group("soundness"), pytest.mark.once]
 
 SIGMA, TAU, K = 0.5, 0.1, 80
 NOISES, STEPS, RESTARTS = 64, 50, 5
@@ -155,7 +156,7 @@ def binary(model, images) -> rf.Certificate:
     return sampled(model, images, seed=0, second_moment=True)
 
 
-@pytest.fixture(scope="module", params=[1, 15])
+@pytest.fixture(scope="module", params=[1, *larger(15)])
 def certified(request, model, images, binary) -> rf.Certificate:
     return binary[1] if request.param == 1 else sampled(model, images[1:2], request.param, seed=0, second_moment=True)
 
@@ -185,7 +186,7 @@ def inflated(certificate: rf.Certificate, factor: float) -> rf.Certificate:
     )
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2])
+@pytest.mark.parametrize("share", [0.5, *larger(0.2)])
 def test_overlap_holds(model, images, certified, undisturbed, share):
     radius = float(certified.radius(K, share))
     assert radius > 0.1
@@ -209,7 +210,7 @@ def test_the_attack_refutes_a_false_overlap(model, images, binary):
     assert binary[1].overlap(K, 1.0).share * K <= most < inflated(binary[1], 10).overlap(K, 1.0).share * K
 
 
-@pytest.mark.parametrize("radius", [0.1, 0.4])
+@pytest.mark.parametrize("radius", [0.1, *larger(0.4)])
 def test_pixels_hold(model, images, binary, radius):
     signs = binary.pixels(radius)[1].flatten()
     assert (signs == 1).sum() > 5
@@ -219,6 +220,7 @@ def test_pixels_hold(model, images, binary, radius):
     assert ((found.map.flatten(1) - 0.5) * signs >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_attack_refutes_false_pixels(model, images, binary):
     signs = inflated(binary, 5).pixels(1.0)[1].flatten()
     assert refuted(signs, sampled(model, pgd(images[1], 1.0, flips(model, signs)), seed=1)) > 0
@@ -230,7 +232,7 @@ def votes(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return torch.bincount(model(rf.noisy_samples(x, SIGMA, SAMPLES, seed=1)[0]).argmax(1), minlength=4)
 
 
-@pytest.mark.parametrize("image", [1, 3])
+@pytest.mark.parametrize("image", [1, *larger(3)])
 def test_labels_hold(model, images, binary, image):
     prediction = binary[image].prediction()
     label, radius = int(prediction.label), float(prediction.radius)

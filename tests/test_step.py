@@ -13,8 +13,7 @@ from _tape import CASES, COMMON, recording
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
-from robattr_fast.certificates.engine import certify as engine
-from robattr_fast.certificates.engine import state, tally
+from robattr_fast.certificates.engine import run, state, tally
 from robattr_fast.sampling import sampler as sampling
 from robattr_fast.sampling import step
 
@@ -95,7 +94,7 @@ def test_a_captured_run_that_is_interrupted_goes_on(recorder, tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_REPORT_SECONDS", 0)
+        patch.setattr(run, "REPORT_SECONDS", 0)
         with pytest.raises(rf.CertifyInterrupted):
             rf.certify(model(), X, **arguments, checkpoint=path, progress=interrupt)
     assert 130 < int(rf.Certificate.load(path).samples.sum()) < 260
@@ -260,7 +259,7 @@ def test_a_second_step_that_cannot_be_captured_costs_no_sample(recorder, monkeyp
     recorder.captures = recorder.replays = 0
     monkeypatch.setattr(step, "capture", several_fail)
     monkeypatch.setattr(sampling, "Step", Watched)
-    monkeypatch.setattr(engine, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0)
     assert_same(rf.certify(model(), X, **COMMON, progress=look), expected)
     assert (recorder.captures, recorder.replays, len(steps)) == (1, 4, 2)
     assert left[-1] == [], "the memory of steps is held beside eager batches"

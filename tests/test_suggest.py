@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
@@ -18,7 +19,7 @@ K = N // 5
 MANY = {"taus": (0.05, 0.2, 0.4), "gammas": (None, 0.03), "levels": (1, 5)}
 
 
-@pytest.mark.parametrize(("sigma", "radius", "samples"), [(0.2, 0.05, 1024), (0.3, 0.15, 1024)])
+@pytest.mark.parametrize(("sigma", "radius", "samples"), [(0.2, 0.05, 1024), *larger((0.3, 0.15, 1024))])
 def test_the_choice_is_nearly_the_best(sigma, radius, samples):
     suggestion = rf.suggest(MODEL, IMAGES, K, radius, sigma=sigma, samples=samples, batch_size=128, **MANY)
     assert len(suggestion.candidates) == 6

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from _larger import larger
 from _operators import (
     DTYPES,
     INTERPRETED,
@@ -47,7 +48,7 @@ def test_against_sort(backend, row, share, step):
 
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
-@pytest.mark.parametrize("n", [LONG_ROW] if INTERPRETED else [LONG_ROW, 200_000])
+@pytest.mark.parametrize("n", [LONG_ROW] if INTERPRETED else [LONG_ROW, *larger(200_000)])
 def test_long_rows(backend, kind, n):
     if backend == ON_HOST:  # blocks, threads and bins of the first are those of any longer row, of the other fewer
         n = 70_000 if n == LONG_ROW else 20_000

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from _larger import larger
 from _operators import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -31,7 +32,9 @@ from robattr_fast.kernels import (  # noqa: E402
 )
 from robattr_fast.kernels._attention_tiles import Array, Side  # noqa: E402
 
-ARCHITECTURES = (80, 90, 100)
+pytestmark = pytest.mark.once
+
+ARCHITECTURES = [90, *larger(80, 100)]
 INTEGERS = ("n", "k_tau", "k_gamma", "passes", "span", "samples", "samples_per_program", "row_bytes", "m", "m2", "rows")
 INTEGERS += ("positions", "heads", "parts", "blocks", "size")
 
@@ -134,7 +137,7 @@ def _noise(pointer, channels_last, fast, architecture, folder):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "channels_last", "per_normal"),
-    [("*fp32", False, 65), ("*fp32", True, 86), ("*bf16", True, 90), ("*fp64", False, 66)],
+    [("*fp32", False, 65), *larger(("*fp32", True, 86)), ("*bf16", True, 90), *larger(("*fp64", False, 66))],
 )
 def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_path):
     compiled, instructions = _noise(pointer, channels_last, False, architecture, tmp_path)
@@ -151,7 +154,7 @@ def test_noisy_samples(architecture, pointer, channels_last, per_normal, tmp_pat
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "channels_last", "per_normal"),
-    [("*fp32", False, 35), ("*fp32", True, 55), ("*bf16", True, 60), ("*fp64", False, 36)],
+    [*larger(("*fp32", False, 35), ("*fp32", True, 55)), ("*bf16", True, 60), *larger(("*fp64", False, 36))],
 )
 def test_fast_noise(architecture, pointer, channels_last, per_normal, tmp_path):
     compiled, instructions = _noise(pointer, channels_last, True, architecture, tmp_path)
@@ -163,7 +166,7 @@ def test_fast_noise(architecture, pointer, channels_last, per_normal, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "block", "registers", "shared"),
-    [("*bf16", 1024, 120, 0), ("*fp32", 16384, 120, 64), ("*fp64", 16384, 128, 128)],
+    [("*fp32", 16384, 120, 64), *larger(("*bf16", 1024, 120, 0), ("*fp64", 16384, 128, 128))],
 )
 def test_select_in_one_block(architecture, pointer, block, registers, shared, tmp_path):
     wide = pointer == "*fp64"
@@ -181,7 +184,7 @@ def test_select_in_one_block(architecture, pointer, block, registers, shared, tm
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [False, *larger(True)])
 def test_select_by_histograms(architecture, wide, tmp_path):
     pointer = "*fp64" if wide else "*fp32"
     types = {"scores": pointer, "histograms": "*i32", "nonfinite": "*i32", "least": pointer, "g": pointer}
@@ -240,7 +243,7 @@ def test_betting_bounds(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [4, *larger(1)])
 def test_packed_gram(architecture, bits, tmp_path):
     tile, width = packed_gram._TILE, packed_gram._BYTES
     compiled = Compiled(
@@ -259,7 +262,7 @@ def test_packed_gram(architecture, bits, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("pointer", "registers", "shared"),
-    [("*fp32", _of(96, 128), 64), ("*bf16", _of(96, 128), 64), ("*fp64", _of(192, 200), 64)],
+    [("*fp32", _of(96, 128), 64), *larger(("*bf16", _of(96, 128), 64), ("*fp64", _of(192, 200), 64))],
 )
 def test_soft_topk(architecture, pointer, registers, shared, tmp_path):
     out = "*fp64" if pointer == "*fp64" else "*fp32"
@@ -315,12 +318,13 @@ def test_mlp_smoothgrad(architecture, tmp_path):
     assert fused == sum(products) * mlp_smoothgrad.ROWS * 16 // (32 * mlp_smoothgrad.WARPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mlp_smoothgrad_of_two_layers(architecture, tmp_path):
     _gradients((64, 10), "gelu", architecture, tmp_path)[0].assert_within(_of(176, 200), shared=18688)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu"])
+@pytest.mark.parametrize("activation", ["silu", *larger("tanh", "softplus", "elu")])
 def test_mlp_smoothgrad_of_other_activations(activation, tmp_path):
     compiled, _ = _gradients((16, 10), activation, 90, tmp_path)
     compiled.assert_within(registers=176, shared=18688, stack=_of(0, 8) if activation == "silu" else 0)
@@ -358,13 +362,15 @@ def _attention_pass(kernel, pointer, order, causal, rows, architecture, folder):
 @pytest.mark.parametrize(
     ("kernel", "order", "causal", "registers", "shared"),
     [
-        ("sum_parts", 0, False, 80, 14336),
         ("sum_parts", 2, False, 216, 12288),
         ("apply_features", 0, False, 80, 14336),
-        ("apply_features", 2, False, 240, 10240),
-        ("apply_features", 2, True, 240, 10240),
-        ("apply_values", 2, False, 208, 8192),
         ("apply_values", 2, True, 248, 10240),
+        *larger(
+            ("sum_parts", 0, False, 80, 14336),
+            ("apply_features", 2, False, 240, 10240),
+            ("apply_features", 2, True, 240, 10240),
+            ("apply_values", 2, False, 208, 8192),
+        ),
     ],
 )
 def test_linear_attention(architecture, kernel, order, causal, registers, shared, tmp_path):
@@ -378,9 +384,11 @@ def test_linear_attention(architecture, kernel, order, causal, registers, shared
     ("kernel", "pointer", "registers", "shared"),
     [
         ("apply_values", "*bf16", 248, 10240),
-        ("sum_parts", "*fp64", 224, 8192),
-        ("apply_features", "*fp64", 232, 8192),
-        ("apply_values", "*fp64", 232, 8192),
+        *larger(
+            ("sum_parts", "*fp64", 224, 8192),
+            ("apply_features", "*fp64", 232, 8192),
+            ("apply_values", "*fp64", 232, 8192),
+        ),
     ],
 )
 def test_linear_attention_of_other_dtypes(architecture, kernel, pointer, registers, shared, tmp_path):

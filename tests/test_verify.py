@@ -18,6 +18,9 @@ from robattr_fast.cli.app import app
 from robattr_fast.inputs import images, specs
 from robattr_fast.report import rounding
 
+# One process makes the run that the tests damage.
+pytestmark = pytest.mark.xdist_group("verify")
+
 
 def command(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))

@@ -1,14 +1,11 @@
 #include "cpu/isa.h"
 
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdlib>
-#include <cstring>
+#define ROBATTR_EXPORT __attribute__((visibility("default")))
 
 namespace robattr_fast {
 namespace {
 
-int detect() {
+int widest() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // All that foreach_isa.h lets the compiler use.
@@ -24,30 +21,19 @@ int detect() {
   return ROBATTR_ISA_BASELINE;
 }
 
-int choose() {
-  const int detected = detect();
-  const char* wanted = std::getenv("ROBATTR_FAST_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return detected;
-  for (int isa = ROBATTR_ISA_BASELINE; isa <= ROBATTR_ISA_AVX512; ++isa) {
-    if (std::strcmp(wanted, cpu_isa_name(isa)) == 0) {
-      STD_TORCH_CHECK(isa <= detected, "ROBATTR_FAST_CPU_ISA: got ", wanted, ", this CPU has ", cpu_isa_name(detected));
-      return isa;
-    }
-  }
-  STD_TORCH_CHECK(false, "ROBATTR_FAST_CPU_ISA: got ", wanted, ", takes baseline, avx2 or avx512");
-  return detected;
-}
+int in_use = widest();
 
 }  // namespace
 
-int cpu_isa() {
-  static const int isa = choose();
-  return isa;
-}
-
-const char* cpu_isa_name(int isa) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
-  return names[isa];
-}
+int cpu_isa() { return in_use; }
 
 }  // namespace robattr_fast
+
+extern "C" {
+
+ROBATTR_EXPORT int robattr_fast_cpu_isa_widest() { return robattr_fast::widest(); }
+
+ROBATTR_EXPORT int robattr_fast_cpu_isa() { return robattr_fast::in_use; }
+
+ROBATTR_EXPORT void robattr_fast_cpu_isa_use(int isa) { robattr_fast::in_use = isa; }
+}

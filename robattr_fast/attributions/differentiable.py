@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robattr_fast import model as _model
 from robattr_fast.errors import ModelError
-from robattr_fast.sampling.sampler import Sampler, Segment, next_batch
+from robattr_fast.sampling.batch import Segment, next_batch
+from robattr_fast.sampling.sampler import Sampler
 
 _MISSING_DERIVATIVE = re.compile(r"derivative for aten::(\w+?)(?:_backward)? is not implemented")
 

@@ -24,6 +24,7 @@ def grad_cam(
     create_graph: bool = False,
     *,
     layer: str,
+    layer_input: bool = False,
     kind: str = "grad-cam",
     relu: bool = True,
     resize: str | None = "linear",
@@ -39,6 +40,7 @@ def grad_cam(
     Args:
         model, x, target, create_graph: see `gradient`; x is [B, C, *S] of one to three spatial dimensions.
         layer: name of the submodule, as in ``model.named_modules()``; it runs once per forward pass.
+        layer_input: take what goes into the layer in place of its output, as of the average before the last one.
         kind: one of `KINDS`.
         relu: keep what speaks for the class alone, as published; False: signed, as Captum by default.
         resize: "linear" (bilinear for photographs, corners not aligned) or "nearest", to S; None: the layer's own size.
@@ -55,9 +57,9 @@ def grad_cam(
     check_resize(resize)
 
     def rows(leaf: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
-        with _recorded(model, layer) as outputs:
+        with _recorded(model, layer, layer_input) as activations:
             logits = _model.forward(model, leaf)
-        activation = _single(outputs, layer)
+        activation = _single(activations, layer)
         space = activation.dim() - 2
         if space != leaf.dim() - 2 or not 1 <= space <= 3:
             raise ModelError(
@@ -87,29 +89,36 @@ def _weights(kind: str, activation: torch.Tensor, slope: torch.Tensor) -> torch.
 
 
 @contextmanager
-def _recorded(model: nn.Module, layer: str) -> Iterator[list[torch.Tensor]]:
-    """Outputs of a submodule, as they are when it returns them: what follows may write into a copy."""
+def _recorded(model: nn.Module, layer: str, layer_input: bool) -> Iterator[list[torch.Tensor]]:
+    """What a submodule returns, or gets, as it is then: what follows may write into a copy."""
     modules = dict(model.named_modules())
     if layer not in modules:
         near = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)][-3:]
         example = f", as {', '.join(map(repr, near))}" if near else ""
         raise ValueError(f"layer: got {layer!r}, expected the name of a submodule{example}")
-    outputs: list[torch.Tensor] = []
+    activations: list[torch.Tensor] = []
 
-    def record(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        if not isinstance(output, torch.Tensor):
-            raise ModelError(f"layer: {layer!r} returned {type(output).__name__}, expected one tensor")
-        outputs.append(output)
-        return output.clone()
+    def record(activation: object) -> torch.Tensor:
+        if not isinstance(activation, torch.Tensor):
+            raise ModelError(f"layer: {layer!r} has {type(activation).__name__}, expected one tensor")
+        activations.append(activation)
+        return activation.clone()
 
-    handle = modules[layer].register_forward_hook(record)
+    def before(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return record(args[0] if args else None), *args[1:]
+
+    def after(module: nn.Module, args: object, output: object) -> torch.Tensor:
+        return record(output)
+
+    found = modules[layer]
+    handle = found.register_forward_pre_hook(before) if layer_input else found.register_forward_hook(after)
     try:
-        yield outputs
+        yield activations
     finally:
         handle.remove()
 
 
-def _single(outputs: list[torch.Tensor], layer: str) -> torch.Tensor:
-    if len(outputs) != 1:
-        raise ModelError(f"layer: {layer!r} ran {len(outputs)} times in one forward pass, expected once")
-    return outputs[0]
+def _single(activations: list[torch.Tensor], layer: str) -> torch.Tensor:
+    if len(activations) != 1:
+        raise ModelError(f"layer: {layer!r} ran {len(activations)} times in one forward pass, expected once")
+    return activations[0]

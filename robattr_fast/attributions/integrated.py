@@ -43,8 +43,8 @@ def integrated_gradients(
     Raises:
         TypeError, ValueError: a bad argument. ModelError: training mode, no logits, no gradient.
     """
-    _check.integer("steps", steps, 1, 2**20)
-    _check.integer("batch_size", batch_size, 1, 2**20)
+    steps = _check.integer("steps", steps, 1, 2**20)
+    batch_size = _check.integer("batch_size", batch_size, 1, 2**20)
     places, weights = _quadrature(rule, steps)
 
     def rows(leaf: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:

@@ -45,7 +45,7 @@ def smoothgrad(
         [B, *S], float32 for half types.
     """
     check_images(x)
-    _check.integer("samples", samples, 1, 2**32 - 1)
+    samples = _check.integer("samples", samples, 1, 2**32 - 1)
     ids = settings.pop("image_ids", None)
     classes = check_target(target, x)
     with recording():

@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from robattr_fast import model as _model
 from robattr_fast.attributions.differentiable import Recomputation
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.ops import _check
 from robattr_fast.ops.soft_topk import soft_topk
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._select import selected
-from robattr_fast.sampling.arguments import check_image_ids, check_images, check_target
-from robattr_fast.sampling.sampler import Sampler, SamplingProgress, Scored, next_batch
+from robattr_fast.sampling.arguments import check_images
+from robattr_fast.sampling.batch import Scored, next_batch
+from robattr_fast.sampling.map import Map, Stream
+from robattr_fast.sampling.sampler import SamplingProgress, prepared
 
 _REPORT_SECONDS = 0.5
 
@@ -190,24 +191,15 @@ def smoothgrad(
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
     check_images(x)
-    sigma = _check.positive("sigma", sigma)
-    _check.integer("samples", samples, 1, 2**32 - 1)
-    _check.integer("first_sample", first_sample, 0, 2**32 - samples)
+    samples = _check.integer("samples", samples, 1, 2**32 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
     tau, gamma = _check.fractions(tau, gamma)
     if differentiable:
         _check_differentiable(kind, levels)
     row_map = _row_map(kind, x[0].numel(), tau, gamma, levels, temperature)
     accumulator = _Variance(x) if kind == "vargrad" else _Mean(row_map, x)
-    sampler = Sampler(
-        _model.private_copy(model),
-        x,
-        sigma=sigma,
-        target=check_target(target, x),
-        explain="gradient",
-        seed=seed,
-        image_ids=check_image_ids(image_ids, x),
-    )
-    sampler.prepare()
+    map = Map.checked(x, sigma=sigma, target=target)
+    sampler = prepared(model, x, map, Stream.checked(x, seed, image_ids))
     derived = torch.square if kind == "vargrad" else row_map
     recomputation = Recomputation(model, sampler, derived, x) if differentiable else None
     if recomputation is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from robattr_fast import model
 from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.engine.counting import Eager
 from robattr_fast.certificates.engine.environment import environment
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.certificates.moments.summary import Summary
@@ -22,7 +23,9 @@ from robattr_fast.certificates.settings import Settings
 from robattr_fast.errors import CertificateFileError
 from robattr_fast.inputs import images
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling.sampler import Sampler, next_batch
+from robattr_fast.sampling.batch import next_batch
+from robattr_fast.sampling.map import Map, Stream
+from robattr_fast.sampling.sampler import prepared
 
 SIGMA, TAU, ALPHA, RETAIN = 0.2, 0.1, 0.05, 2048
 RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192
@@ -71,13 +74,9 @@ def overlaps(cert: Certificate) -> dict[str, float]:
 
 def _settings(module: nn.Module, x: torch.Tensor) -> Settings:
     """Of the certificates of image x [C, H, W], but for _OF_A_RUN."""
-    return Settings(
-        sigma=SIGMA,
-        shape=tuple(x.shape),
-        levels=1,
-        tau=TAU,
-        gamma=TAU,
-        explain="gradient",
+    return Settings.of_map(
+        Map(sigma=SIGMA, tau=TAU, gamma=TAU),
+        x[None],
         seed=0,
         stream_version=STREAM_VERSION,
         image_ids=(images.image_id(x),),
@@ -120,29 +119,29 @@ def make(
     told: Callable[[str], None] = lambda what: None,
 ) -> dict[int, Certificate]:
     """Sample image x [C, H, W] once and keep the certificate of every look as a file of the folder."""
-    ids = torch.tensor([images.image_id(x)])
-    private = model.private_copy(module)
-    sampler = Sampler(private, x[None], sigma=SIGMA, target=None, explain="gradient", seed=0, image_ids=ids)
-    classes = sampler.prepare()
+    asked = _settings(module, x)
+    assert asked.image_ids is not None
+    sampler = prepared(module, x[None], asked.map(), Stream(0, asked.image_ids))
     sampler.set_batch_size("auto", planned)
     settings = dataclasses.replace(
-        _settings(module, x), planned_samples=(planned,), folded=sampler.folded, memory_format=sampler.memory_format
+        asked, planned_samples=(planned,), folded=sampler.folded, memory_format=sampler.memory_format
     )
     # A run that was planned to end at a look divides its samples into other blocks: all of them are kept.
-    state = State(settings, 1, classes, x.device, keep_samples=True)
+    state = State(settings, 1, sampler.classes, x.device, keep_samples=True)
+    counting = Eager(sampler, state)
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for look in looks(planned):
         while segments := next_batch(state.done, [look], 0, sampler.batch_size):
-            for scored in sampler.run(segments):
-                state.add(scored, 0)
+            for _ in counting(segments):
+                pass
             told(f"{name}: {state.done[0]} of {planned} samples")
-        so_far = state.certificate(0, sampler.batch_size, moments=False)
-        asked = dataclasses.replace(so_far.settings, planned_samples=(look,))
-        known = Summary.of_rows(state.retained[0].rows(), look, RETAIN, 1, asked.n, 0)
+        so_far = state.certificate(sampler.batch_size, moments=False)
+        planned_here = dataclasses.replace(so_far.settings, planned_samples=(look,))
+        known = Summary.of_rows(state.retained[0].rows(), look, RETAIN, 1, planned_here.n, 0)
         summary, directions = known.to_tensors()
         held = {"gram_summary": summary[None], "directions": directions[None]}
-        found[look] = Certificate(**so_far.tensors, **held, settings=asked)
+        found[look] = Certificate(**so_far.tensors, **held, settings=planned_here)
         found[look].save(folder / name_of(name, look))
     return found
 

@@ -173,7 +173,7 @@ def overhead(context: Context, spec: dict[str, Any], rounds: int, result: Result
     as a stop rule takes, with second moments at its scheduled looks: Gram matrices grow from one to the next, so that
     those inside of the first block add their summaries alone, whose time grows with the square of the rows at least.
     """
-    from robattr_fast.certificates.engine.certify import betting_looks
+    from robattr_fast.certificates.engine.plan import betting_looks
     from robattr_fast.certificates.moments.concentration import look_schedule
 
     paces = _paces(context, spec, rounds, result, peers=False)

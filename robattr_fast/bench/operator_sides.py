@@ -25,7 +25,7 @@ SIGMA, TAU, GAMMA = 0.2, 0.1, 0.03
 _CPU = torch.device("cpu")
 
 
-def _device(spec: Spec) -> torch.device:
+def device_of(spec: Spec) -> torch.device:
     return torch.device(spec.get("device", "cpu"))
 
 
@@ -59,7 +59,7 @@ class _Eviction:
 
 def _copy(spec: Spec) -> Side:
     """The bandwidth of copies far beyond any cache: ``units`` are bytes read and written."""
-    source = torch.ones(spec["mebibytes"] * 2**18, device=_device(spec))
+    source = torch.ones(spec["mebibytes"] * 2**18, device=device_of(spec))
     target = torch.empty_like(source).fill_(0)
     return lambda: timed(lambda: target.copy_(source), 2 * 4 * source.numel(), source.device)
 
@@ -72,7 +72,7 @@ def _noise(draw: Callable[..., Any]) -> Callable[[Spec], Side]:
 
     def make(spec: Spec) -> Side:
         dtype = getattr(torch, spec.get("dtype", "float32"))
-        x, calls = torch.rand(1, *spec["shape"], device=_device(spec)).to(dtype), 0
+        x, calls = torch.rand(1, *spec["shape"], device=device_of(spec)).to(dtype), 0
         options = spec.get("options", {}) if draw is _noise_ours else {}
         draw(x, spec["samples"], calls, **options)
 
@@ -127,7 +127,7 @@ def _noise_keyed(x: torch.Tensor, samples: int, call: int) -> None:
 
 def _gate_noise(spec: Spec) -> str:
     for shape, samples in (((2, 3, 37, 41), 5), ((1, *spec["shape"]), 1)):
-        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(_device(spec))
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device_of(spec))
         options: dict[str, Any] = {
             "seed": 2**63 + 5,
             "first_sample": 2**31 - 3,
@@ -164,7 +164,7 @@ def _select(make: Callable[[int, int, torch.device], Callable[[torch.Tensor], An
 
     def side(spec: Spec) -> Side:
         n, rows = spec["n"], spec["rows"]
-        device = _device(spec)
+        device = device_of(spec)
         pool = [scores_of(spec.get("kind", "random"), rows, n, seed).to(device) for seed in range(4)]
         evict = _Eviction(spec["evicted_mib"], device)
         add, add_small = make(n, spec["levels"], device), make(_SMALL, spec["levels"], device)
@@ -268,7 +268,7 @@ def _gate_select(spec: Spec) -> str:
     n, levels = spec["n"], spec["levels"]
     for kind in ("random", "all equal", "one ulp", "99 % zeros"):
         scores = scores_of(kind, 3, n, 11)
-        counts = torch.zeros(1, n, levels, dtype=torch.int32, device=_device(spec))
+        counts = torch.zeros(1, n, levels, dtype=torch.int32, device=device_of(spec))
         rf.count_sparsified_(counts, scores[None].to(counts.device), TAU, GAMMA)
         wrong = int((counts[0].cpu().numpy() != sorted_counts(scores.numpy(), TAU, GAMMA, levels)).sum())
         if wrong:
@@ -288,7 +288,7 @@ def _level_counts(n: int, levels: int, samples: int) -> torch.Tensor:
 
 def _bounds(bound: Callable[..., Any]) -> Callable[[Spec], Side]:
     def make(spec: Spec) -> Side:
-        device = _device(spec)
+        device = device_of(spec)
         counts = _level_counts(spec["n"], spec["levels"], spec["samples"]).to(device)
         samples, delta = torch.tensor([spec["samples"]], device=device), 0.0225 / spec["n"]
         return lambda: timed(lambda: bound(counts, samples, delta), spec["n"], device)
@@ -299,7 +299,7 @@ def _bounds(bound: Callable[..., Any]) -> Callable[[Spec], Side]:
 def _gate_bounds(spec: Spec) -> str:
     samples = spec["samples"]
     counts = _level_counts(512, spec["levels"], samples)
-    device = _device(spec)
+    device = device_of(spec)
     ours = [bound.cpu() for bound in rf.betting_bounds(counts.to(device), torch.tensor([samples], device=device), 1e-6)]
     known = rf.reference.betting_bounds(counts, torch.tensor([samples]), 1e-6)
     allowed = max(1e-9, 1e-13 * samples)
@@ -320,119 +320,21 @@ def _levels(m: int, n: int, levels: int) -> np.ndarray:
 
 def _gram_ours(spec: Spec) -> Side:
     levels = torch.from_numpy(_levels(spec["rows"], spec["n"], spec["levels"]))
-    rows = rf.reference.pack_levels(levels, spec["levels"]).to(_device(spec))
+    rows = rf.reference.pack_levels(levels, spec["levels"]).to(device_of(spec))
     return lambda: timed(lambda: rf.packed_gram(rows, spec["levels"]), spec["rows"] ** 2 * spec["n"], rows.device)
 
 
 def _gram_torch(spec: Spec) -> Side:
-    rows = torch.from_numpy(_levels(spec["rows"], spec["n"], spec["levels"])).float().to(_device(spec))
+    rows = torch.from_numpy(_levels(spec["rows"], spec["n"], spec["levels"])).float().to(device_of(spec))
     return lambda: timed(lambda: rows @ rows.T, spec["rows"] ** 2 * spec["n"], rows.device)
 
 
 def _gate_gram(spec: Spec) -> str:
     levels = _levels(20, 5000, spec["levels"])
-    packed = rf.reference.pack_levels(torch.from_numpy(levels), spec["levels"]).to(_device(spec))
+    packed = rf.reference.pack_levels(torch.from_numpy(levels), spec["levels"]).to(device_of(spec))
     ours = rf.packed_gram(packed, spec["levels"]).cpu().numpy()
     wide = levels.astype(np.int64)
     return "" if (ours == wide @ wide.T).all() else "packed_gram: products are not those of the unpacked levels"
-
-
-# -- attention: spec batch, heads, positions, width, causal, dtype, order; a unit is one element of q, and a round the
-# output with its derivatives up to the order, by default the second --
-
-Attend = Callable[..., torch.Tensor]
-
-
-def _attention_given(spec: Spec) -> list[torch.Tensor]:
-    """q, k, v, the gradient of the output, the directions of the second derivatives, of one shape."""
-    shape = spec["batch"], spec["heads"], spec["positions"], spec["width"]
-    generator = torch.Generator().manual_seed(13)
-    to = {"device": _device(spec), "dtype": getattr(torch, spec.get("dtype", "float32"))}
-    return [torch.randn(shape, generator=generator).to(**to) for _ in range(7)]
-
-
-def attention_derivatives(
-    attend: Attend, given: list[torch.Tensor], causal: bool, order: int = 2
-) -> list[torch.Tensor]:
-    """The output of ``attend``, its gradients in q, k and v, and the gradients of those in the gradient, q, k and v."""
-    q, k, v, grad = (x.detach().requires_grad_(order > 0) for x in given[:4])
-    out = attend(q, k, v, causal=causal)
-    if order == 0:
-        return [out]
-    first = torch.autograd.grad(out, (q, k, v), grad, create_graph=order == 2)
-    if order == 1:
-        return [x.detach() for x in (out, *first)]
-    second = torch.autograd.grad(first, (grad, q, k, v), given[4:])
-    return [x.detach() for x in (out, *first, *second)]
-
-
-def _attention(attend: Attend) -> Callable[[Spec], Side]:
-    def make(spec: Spec) -> Side:
-        given = _attention_given(spec)
-        work = partial(attention_derivatives, attend, given, spec["causal"], spec.get("order", 2))
-        work()
-        return lambda: timed(work, given[0].numel(), given[0].device)
-
-    return make
-
-
-def _elu_features(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.elu(x) + 1
-
-
-def attend_by_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Kernel attention with its [positions, positions] weights, as two einsums."""
-    weights = torch.einsum("bhid,bhjd->bhij", _elu_features(q), _elu_features(k))
-    if causal:
-        weights = weights.tril()
-    return torch.einsum("bhij,bhjd->bhid", weights, v) / (weights.sum(-1, keepdim=True) + 1e-6)
-
-
-def attend_by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Kernel attention in linear time, as one writes it in PyTorch."""
-    if causal:
-        raise NotImplementedError("running sums of matrices take more memory than the pairs")
-    a, b = _elu_features(q), _elu_features(k)
-    return (a @ (b.mT @ v)) / (a @ b.sum(2).unsqueeze(-1) + 1e-6)
-
-
-def _attend_by_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Softmax attention, on the one path of PyTorch that has second derivatives."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-def _attend_by_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Softmax attention by PyTorch's fused kernels, which have no second derivatives."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-def _attend_by_fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Causal linear attention of flash-linear-attention, which takes features of [B, N, H, D]."""
-    try:
-        from fla.ops.linear_attn import chunk_linear_attn
-    except ImportError as error:
-        raise NotImplementedError(f"flash-linear-attention does not import: {error}") from error
-    a, b = (_elu_features(x).transpose(1, 2) for x in (q, k))
-    return chunk_linear_attn(a, b, v.transpose(1, 2), scale=1.0, normalize=True)[0].transpose(1, 2)
-
-
-def _gate_attention(spec: Spec) -> str:
-    """At most twice the error of the definition under autograd in the same dtype, against float64."""
-    given = _attention_given({**spec, "batch": 1, "heads": 2, "positions": min(spec["positions"], 200)})
-    ours = attention_derivatives(rf.linear_attention, given, spec["causal"])
-    plain = attention_derivatives(rf.reference.linear_attention, given, spec["causal"])
-    exact = attention_derivatives(rf.reference.linear_attention, [x.double() for x in given], spec["causal"])
-    names = ("output", "grad q", "grad k", "grad v", "second grad", "second q", "second k", "second v")
-    for name, got, near, known in zip(names, ours, plain, exact, strict=True):
-        error, allowed = ((x - known).norm().item() / known.norm().item() for x in (got, near))
-        if not error <= 2 * allowed + torch.finfo(given[0].dtype).eps:
-            return (
-                f"linear_attention: {name} is {error:.1e} off the definition, relative; in plain PyTorch {allowed:.1e}"
-            )
-    return ""
 
 
 SIDES: dict[str, Callable[[Spec], Side]] = {
@@ -451,12 +353,6 @@ SIDES: dict[str, Callable[[Spec], Side]] = {
     "bounds.reference": _bounds(rf.reference.betting_bounds),
     "gram.ours": _gram_ours,
     "gram.torch": _gram_torch,
-    "attention.ours": _attention(lambda *x, causal: rf.linear_attention(*x, causal=causal)),
-    "attention.pairs": _attention(attend_by_pairs),
-    "attention.softmax": _attention(_attend_by_softmax),
-    "attention.sums": _attention(attend_by_sums),
-    "attention.flash": _attention(_attend_by_flash),
-    "attention.fla": _attention(_attend_by_fla),
 }
 """Name to a function of the spec that makes the side."""
 
@@ -465,6 +361,5 @@ GATES: dict[str, Callable[[Spec], str]] = {
     "select": _gate_select,
     "bounds": _gate_bounds,
     "gram": _gate_gram,
-    "attention": _gate_attention,
 }
 """Name to a function of the spec that says what is wrong, or nothing."""

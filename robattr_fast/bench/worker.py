@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_FILES = ("operator_sides", "job_sides", "perceptron_sides")
+_FILES = ("operator_sides", "attention_sides", "job_sides", "perceptron_sides")
 _PACKAGE = "_robattr_fast_sides"
 
 

@@ -1,7 +1,9 @@
 """From samples to certificates: the loop over samples, the bounds, the theorems, the files."""
 
 from robattr_fast.certificates.certificate.certificate import Certificate, Overlap
-from robattr_fast.certificates.engine.certify import Progress, StopWhen, certify
+from robattr_fast.certificates.engine.certify import certify
+from robattr_fast.certificates.engine.plan import StopWhen
+from robattr_fast.certificates.engine.run import Progress
 from robattr_fast.certificates.engine.suggest import Suggestion, suggest
 from robattr_fast.certificates.settings import Settings
 from robattr_fast.metrics.overlap import overlap

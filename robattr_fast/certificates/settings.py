@@ -4,9 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
+
 from robattr_fast.certificates.ledger import AlphaLedger
 from robattr_fast.certificates.theorems.bounds import check_bound
-from robattr_fast.model import AUTOCAST
+from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name
+from robattr_fast.sampling.map import Map
 
 NONFINITE = ("raise", "zero", "abstain")
 """What a sample with NaN or infinite scores does: end the run; count as the map 0; or also as 1 in upper bounds."""
@@ -137,6 +140,37 @@ class Settings:
                 edges != sorted(edges) or min(edges, default=0) < 0
             ):
                 raise ValueError(f"intervals must be sorted, disjoint pairs (first, end), got {image}")
+
+    @classmethod
+    def of_map(cls, map: Map, x: torch.Tensor, **fields: Any) -> "Settings":
+        """Of certificates of this map of images like x [B, *S]; ``fields`` are all that the map does not say."""
+        return cls(
+            sigma=map.sigma,
+            shape=map.shape(x),
+            levels=map.levels,
+            tau=map.tau,
+            gamma=map.gamma,
+            channel_sum=map.channel_sum,
+            explain=explanation_name(map.explain),
+            target=map.target,
+            autocast=None if map.autocast is None else dtype_name(map.autocast),
+            **fields,
+        )
+
+    def map(self) -> Map:
+        """The map again; ValueError if it is unknown, or of a callable, which has only its name here."""
+        if self.explain not in EXPLANATIONS:
+            raise ValueError(f"explain: got {self.explain!r}, expected one of {', '.join(EXPLANATIONS)}")
+        return Map(
+            sigma=self.sigma,
+            explain=self.explain,
+            target=self.target,
+            channel_sum=self.channel_sum,
+            tau=self.tau,
+            gamma=self.gamma,
+            levels=self.levels,
+            autocast=dtype_named(self.autocast),
+        )
 
     @property
     def n(self) -> int:

@@ -3,16 +3,19 @@
 from robattr_fast.integrations.captum import NoiseTunnel, SmoothGrad
 SmoothGrad(model).attribute(x, target=3, sigma=0.2, samples=64)
 NoiseTunnel(captum.attr.Saliency(model)).attribute(x, nt_samples=64, stdevs=0.2, target=3)
+robattr_fast.certify(model, x, explain=functools.partial(attributed, method=captum.attr.Occlusion, ...), sigma=0.2)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from robattr_fast.attributions.resize import check_resize, resized
 from robattr_fast.attributions.smoothgrad import smoothgrad
 from robattr_fast.ops import _check, noisy_samples
 from robattr_fast.sampling.arguments import check_image_ids
@@ -55,6 +58,59 @@ class SmoothGrad(GradientAttribution):
         if len(inputs) != 1:
             raise ValueError(f"inputs: got {len(inputs)} tensors, takes one")
         return (smoothgrad(self.forward_func, inputs[0], target=target, sigma=sigma, samples=samples, **settings),)
+
+
+def attributed(
+    model: nn.Module,
+    x: torch.Tensor,
+    target: torch.Tensor | Sequence[int] | int | None = None,
+    create_graph: bool = False,
+    *,
+    method: type[Attribution],
+    layer: str | None = None,
+    size: bool = True,
+    resize: str | None = "linear",
+    **settings: Any,
+) -> torch.Tensor:
+    """The map of a Captum method, in the form of `robattr_fast.attributions`: an ``explain=`` of `certify`.
+
+    Certified are fixed functions of each row: methods that draw random numbers (GradientShap, Lime, KernelShap, a
+    NoiseTunnel) are refused there, except by chance of two equal draws.
+
+    Args:
+        model: eval-mode module that returns logits [B, classes].
+        x: [B, *S].
+        target: class or classes [B]; None: the largest logit of each image.
+        create_graph: must be False: Captum's attributions carry no graph. `robattr_fast.attributions` has some that do.
+        method: class of captum.attr, made with the model, and with the layer where there is one.
+        layer: name of a submodule, for Captum's layer methods that attribute to one.
+        size: take absolute values, as `certify` does of gradients; of a layer's map after the sum over channels.
+        resize: of a layer's map, to the size of x: "linear" or "nearest"; None: the layer's own size.
+        settings: what ``method.attribute`` takes.
+
+    Returns:
+        [B, *S], or of a layer one value per pixel, [B, *S[1:]]: pass channel_sum=True to `certify`.
+    """
+    if create_graph:
+        raise ValueError("create_graph: got True, expected False: Captum's attributions carry no graph")
+    check_resize(resize)
+    leaf = x.detach().clone()  # Captum makes its input require gradients for a while
+    if target is None:
+        with torch.no_grad():
+            target = model(leaf).argmax(dim=1)
+    made = method(model) if layer is None else method(model, model.get_submodule(layer))
+    with warnings.catch_warnings():
+        # Of hooks and of gradients that are asked for: both end with the call.
+        warnings.simplefilter("ignore", UserWarning)
+        found = made.attribute(leaf, target=target, **settings)
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"method: {method.__name__} returned {type(found).__name__}, expected one tensor")
+    maps = found.detach()
+    if maps.shape != x.shape:
+        if maps.dim() != x.dim() or len(maps) != len(x):
+            raise ValueError(f"method: {method.__name__} returned shape {tuple(maps.shape)} for {tuple(x.shape)}")
+        maps = resized(maps.sum(dim=1), x.shape[2:], resize)
+    return maps.abs() if size else maps
 
 
 class NoiseTunnel(Attribution):
@@ -103,7 +159,7 @@ class NoiseTunnel(Attribution):
             nt_type: what is computed of the attributions of the copies.
             nt_samples: number of copies per image.
             nt_samples_batch_size: copies per image in one call of the method; None: all at once.
-            stdevs: standard deviation of the noise, one or one per input.
+            stdevs: standard deviation of the noise, one or one per input; 0 leaves an input as it is.
             kwargs: what the method's ``attribute`` takes. Tensors and lists with one entry per image are repeated for
                 its copies.
 
@@ -115,9 +171,9 @@ class NoiseTunnel(Attribution):
             raise ValueError(f"nt_type: got {nt_type!r}, takes one of {', '.join(TYPES)}")
         if draw_baseline_from_distrib:
             raise ValueError("draw_baseline_from_distrib: got True, takes False: the samples would not be reproducible")
-        _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
+        nt_samples = _check.integer("nt_samples", nt_samples, 1, 2**32 - 1)
         chunk = nt_samples if nt_samples_batch_size is None else nt_samples_batch_size
-        _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
+        chunk = _check.integer("nt_samples_batch_size", chunk, 1, 2**32 - 1)
         images = inputs if isinstance(inputs, tuple) else (inputs,)
         sigmas = stdevs if isinstance(stdevs, tuple) else (stdevs,) * len(images)
         if len(sigmas) != len(images):
@@ -145,14 +201,18 @@ class NoiseTunnel(Attribution):
 
     def _noisy(self, x: torch.Tensor, sigma: float, count: int, index: int, first: int) -> torch.Tensor:
         """[B * count, *S]: the copies of one image next to each other."""
-        noisy = noisy_samples(
-            x.detach(),
-            _check.positive("stdevs", sigma),
-            count,
-            seed=(self.seed + index) % 2**64,
-            first_sample=first,
-            image_ids=check_image_ids(self.image_ids, x),
-        ).flatten(0, 1)
+        sigma = _check.not_negative("stdevs", sigma)
+        if sigma == 0:
+            noisy = x.detach().repeat_interleave(count, dim=0)
+        else:
+            noisy = noisy_samples(
+                x.detach(),
+                sigma,
+                count,
+                seed=(self.seed + index) % 2**64,
+                first_sample=first,
+                image_ids=check_image_ids(self.image_ids, x),
+            ).flatten(0, 1)
         return noisy.requires_grad_(isinstance(self.attribution_method, GradientAttribution))
 
 

@@ -28,6 +28,19 @@ def varies(maps: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(least) & torch.isfinite(most) & (least < most)
 
 
-def where_both_vary(value: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """float64 [B]: ``value`` where both maps vary, else NaN."""
-    return torch.where(varies(a) & varies(b), value.double(), torch.nan)
+def both_vary(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where both maps do, bool [B]."""
+    return varies(a) & varies(b)
+
+
+def float64_rows(maps: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """maps [B, *M] in float64; in place of those that are not ``known`` a ramp, which has a value and no NaN in its
+    gradient, that would reach the others by way of what they share.
+    """
+    ramp = torch.arange(maps[0].numel(), dtype=torch.float64, device=maps.device).view(maps.shape[1:])
+    return torch.where(known.view(-1, *[1] * (maps.dim() - 1)), maps.double(), ramp)
+
+
+def where_known(value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """float64 [B]: ``value`` where it is known, else NaN."""
+    return torch.where(known, value.double(), torch.nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from robattr_fast.metrics.arguments import check_maps, check_pair, where_both_vary
+from robattr_fast.metrics.arguments import both_vary, check_maps, check_pair, float64_rows, where_known
 
 
 def centre(maps: torch.Tensor) -> torch.Tensor:
@@ -33,4 +33,6 @@ def centre_shift(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     the centres differ. NaN where a map is constant or not finite.
     """
     check_pair(a, b)
-    return where_both_vary((centre(a) - centre(b)).norm(dim=1), a, b)
+    known = both_vary(a, b)
+    first, second = (centre(float64_rows(maps, known)) for maps in (a, b))
+    return where_known((first - second).norm(dim=1), known)

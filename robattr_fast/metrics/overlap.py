@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from robattr_fast.metrics.arguments import check_pair, where_both_vary
+from robattr_fast.metrics.arguments import both_vary, check_pair, where_known
 from robattr_fast.ops import _check
 
 
@@ -30,12 +30,12 @@ def overlap(a: torch.Tensor, b: torch.Tensor, k: int, *, window: int = 0) -> tor
     NaN where a map is constant or not finite.
     """
     check_pair(a, b)
-    _check.integer("k", k, 1, a[0].numel())
-    _check.integer("window", window, 0, max(a.shape))
+    k = _check.integer("k", k, 1, a[0].numel())
+    window = _check.integer("window", window, 0, max(a.shape))
     mine, theirs = (top_k(maps.detach().flatten(1), k) for maps in (a, b))
     if window:
         theirs = _widened(theirs.view(b.shape), window).flatten(1)
-    return where_both_vary((mine & theirs).sum(dim=1).double() / k, a, b)
+    return where_known((mine & theirs).sum(dim=1).double() / k, both_vary(a, b))
 
 
 def _widened(mask: torch.Tensor, window: int) -> torch.Tensor:

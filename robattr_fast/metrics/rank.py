@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import scipy.stats
 import torch
 
-from robattr_fast.metrics.arguments import check_pair, varies, where_both_vary
+from robattr_fast.metrics.arguments import both_vary, check_pair, where_known
 from robattr_fast.metrics.similarity import correlation
 
 
@@ -30,7 +29,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     check_pair(a, b)
     value = correlation(*(average_ranks(maps.detach().flatten(1)) for maps in (a, b)))
-    return where_both_vary(value, a, b)
+    return where_known(value, both_vary(a, b))
 
 
 def kendall(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -39,9 +38,11 @@ def kendall(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Pairs that are equal in one of the maps count in neither direction and shorten the scale, as there are many where a
     map has zeros. O(n log n), on the CPU. NaN where a map is constant or not finite.
     """
+    import scipy.stats  # takes as long to import as all of torch
+
     check_pair(a, b)
     value = torch.full((len(a),), torch.nan, dtype=torch.float64)
-    for image in (varies(a) & varies(b)).nonzero().flatten().tolist():
+    for image in both_vary(a, b).nonzero().flatten().tolist():
         # Half types have no numpy counterpart, or no order of its own there.
         x, y = (maps[image].detach().flatten().double().cpu().numpy() for maps in (a, b))
         value[image] = scipy.stats.kendalltau(x, y).statistic

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from robattr_fast.metrics.arguments import check_maps, check_pair, varies, where_both_vary
+from robattr_fast.metrics.arguments import both_vary, check_maps, check_pair, float64_rows, varies, where_known
 from robattr_fast.ops import _check
 
 
@@ -28,8 +28,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     A similarity, where Quantus returns 1 minus it. Differentiable. NaN where a map is constant or not finite.
     """
     check_pair(a, b)
-    x, y = (_unit(maps.flatten(1).double()) for maps in (a, b))
-    return where_both_vary((x * y).sum(dim=1).clamp(-1, 1), a, b)
+    known = both_vary(a, b)
+    x, y = (_unit(float64_rows(maps, known).flatten(1)) for maps in (a, b))
+    return where_known((x * y).sum(dim=1).clamp(-1, 1), known)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 7, data_range: float | None = None) -> torch.Tensor:
@@ -49,10 +50,11 @@ def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 7, data_range: float
     check_pair(a, b)
     if a.dim() not in (3, 4):
         raise ValueError(f"a, b: got shape {tuple(a.shape)}, expected [B, H, W] or [B, C, H, W]")
-    _check.integer("window", window, 3, min(a.shape[-2:]))
+    window = _check.integer("window", window, 3, min(a.shape[-2:]))
     if window % 2 == 0:
         raise ValueError(f"window: got {window}, expected an odd number")
-    x, y = (maps.double().view(len(maps), -1, *maps.shape[-2:]) for maps in (a, b))
+    known = both_vary(a, b)
+    x, y = (float64_rows(maps, known).view(len(maps), -1, *maps.shape[-2:]) for maps in (a, b))
     least = torch.minimum(x.detach().flatten(1).amin(dim=1), y.detach().flatten(1).amin(dim=1))
     most = torch.maximum(x.detach().flatten(1).amax(dim=1), y.detach().flatten(1).amax(dim=1))
     span = most - least if data_range is None else torch.full_like(most, _check.positive("data_range", data_range))
@@ -68,7 +70,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 7, data_range: float
     covariance = unbiased * (mean(x * y) - mean_x * mean_y)
     value = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     value = value / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))
-    return where_both_vary(value.flatten(1).mean(dim=1), a, b)
+    return where_known(value.flatten(1).mean(dim=1), known)
 
 
 def sensitivity(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -88,9 +90,10 @@ def sensitivity(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     several = after if after.dim() > before.dim() else after[None]
     if several.shape[1:] != before.shape:
         raise ValueError(f"after: got shape {tuple(after.shape)}, expected {tuple(before.shape)}, or S of these")
-    x = before.flatten(1).double()
-    scale = x.detach().abs().amax(dim=1)
-    moved = (several.flatten(2).double() - x) / scale[:, None]
-    value = moved.norm(dim=2).amax(dim=0) / (x / scale[:, None]).norm(dim=1)
     finite = torch.isfinite(several.detach().flatten(2)).all(dim=2).all(dim=0)
-    return torch.where(varies(before) & finite, value, torch.nan)
+    known = varies(before) & finite
+    x = float64_rows(before, known).flatten(1)
+    scale = x.detach().abs().amax(dim=1, keepdim=True)
+    moved = torch.stack([float64_rows(maps, known).flatten(1) - x for maps in several])
+    value = (moved / scale).norm(dim=2).amax(dim=0) / (x / scale).norm(dim=1)
+    return where_known(value, known)

@@ -126,6 +126,34 @@ class KernelAttention(nn.MultiheadAttention):
             The output in the shape of query, and the weights [B, Nq, Nk] or [B, H, Nq, Nk], or None.
         """
         _no_dropout(self, self.dropout)
+        q, k, v, settings = self._arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
+        out = kernel_attention(q, k, v, **settings)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        weights = None
+        if need_weights:
+            weights = kernel_weights(q, k, **settings)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        if query.dim() == 2:
+            return out[0], weights[0] if weights is not None else None
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def weights(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """The attention weights [B, H, Nq, Nk] of a call of forward with these arguments (B = 1 without a batch)."""
+        q, k, _, settings = self._arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
+        return kernel_weights(q, k, **settings)
+
+    def _arguments(self, query, key, value, key_padding_mask, attn_mask, is_causal):
+        """q, k, v [B, H, N, head_dim] and the settings of `kernel_attention`."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError("query: got a nested tensor, kernel attention takes padded ones and key_padding_mask")
         if attn_mask is not None and not is_causal:
@@ -133,35 +161,30 @@ class KernelAttention(nn.MultiheadAttention):
                 f"attn_mask: got shape {tuple(attn_mask.shape)}; kernel attention takes key_padding_mask and "
                 "is_causal=True alone, because it never forms the weights that another mask would change"
             )
-        batched = query.dim() == 3
-        if not batched:
+        if query.dim() == 2:
             query, key, value = (x[None] for x in (query, key, value))
             key_padding_mask = key_padding_mask[None] if key_padding_mask is not None else None
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self._projected(query, key, value)
-        settings = _settings(self) | {"causal": is_causal, "key_padding_mask": _keep(key_padding_mask)}
-        out = kernel_attention(q, k, v, **settings)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        weights = None
-        if need_weights:
-            weights = kernel_weights(q, k, **settings)
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        if not batched:
-            return out[0], weights[0] if weights is not None else None
-        return out if self.batch_first else out.transpose(0, 1), weights
+        q, k, v = projected(self, query, key, value)
+        return q, k, v, _settings(self) | {"causal": is_causal, "key_padding_mask": _keep(key_padding_mask)}
 
-    def _projected(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v, each [B, H, N, head_dim]."""
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None,) * 3
-        return [
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for x, weight, bias in zip(inputs, weights, biases, strict=True)
-        ]
+
+def projected(
+    attention: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """q, k, v [B, H, N, head_dim] of a torch.nn.MultiheadAttention, or of ours in its form, from [B, N, width]."""
+    if attention.in_proj_weight is not None:
+        weights = attention.in_proj_weight.chunk(3)
+    else:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    biases = attention.in_proj_bias.chunk(3) if attention.in_proj_bias is not None else (None,) * 3
+
+    def heads(x, weight, bias):
+        return F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+    q, k = heads(query, weights[0], biases[0]), heads(key, weights[1], biases[1])
+    return q, k, None if value is None else heads(value, weights[2], biases[2])
 
 
 def _keep(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -97,15 +97,22 @@ def softmax_weights(
 ) -> torch.Tensor:
     """softmax(scale q k^T + bias) [B, H, Nq, Nk], in float32 (float64 for float64) and rounded to the dtype of q.
 
-    ``bias`` is added to the logits, or, if bool, tells which keys a row sees (True).
+    ``bias`` is added to the logits, or, if bool, tells which keys a row sees (True). Rows that see nothing are zeros,
+    as in torch.nn.functional.scaled_dot_product_attention.
     """
     dtype = _check.comparable_dtype(q)
-    logits = (q.to(dtype) @ k.to(dtype).mT) * scale
-    if bias is not None and bias.dtype == torch.bool:
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.to(dtype) @ k.to(dtype).mT) * scale
+    if bias is None:
+        return logits.softmax(-1).to(q.dtype)
+    if bias.dtype == torch.bool:
+        blind = ~bias.any(-1, keepdim=True)
         logits = logits.masked_fill(~bias, -torch.inf)
-    elif bias is not None:
+    else:
+        blind = (bias == -torch.inf).all(-1, keepdim=True)
         logits = logits + bias
-    return logits.softmax(-1).to(q.dtype)
+    # Finite before the softmax: NaN would come back as a gradient.
+    return logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(q.dtype)
 
 
 def _kept(x, key_padding_mask):

@@ -138,6 +138,11 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(is_causal)
 
 
+def _looks_back(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether sdpa of transformers is causal where it gets no mask."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
 def _all_heads(query, key, value):
     groups = query.shape[1] // key.shape[1]
     return (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
@@ -193,8 +198,14 @@ def _implementations(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> Iterator[None]:
+def recording(
+    model: Any,
+    record: Callable[[nn.Module, torch.Tensor], None],
+    follow: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None,
+) -> Iterator[None]:
     """Inside, every attention of a transformers model calls ``record(module, weights [B, H, Nq, Nk])`` as it runs.
+
+    Then, where given, ``follow(module, values [B, H, Nk, D], output [B, Nq, H, D])``.
 
     Raises:
         ModelError: an implementation whose weights are not known here (takes eager, sdpa and those of `register`), or
@@ -210,6 +221,7 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
         raise ModelError(f"model: attention implementation {before!r}, takes eager, sdpa or one of register()")
 
     def forward(module, query, key, value, attention_mask, *, scaling=None, is_causal=None, **kwargs):
+        unrepeated = key, value
         if ours:
             key, value, masks = _arguments(module, query, key, value, attention_mask, is_causal, kwargs)
             weights = kernel_weights(query, key, **implementation.keywords, **masks)
@@ -219,13 +231,23 @@ def recording(model: Any, record: Callable[[nn.Module, torch.Tensor], None]) -> 
                 raise ModelError(f"model: {type(module).__name__} uses {', '.join(refused)}; its weights are not known")
             key, value = _all_heads(query, key, value)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            weights = softmax_weights(query, key, scale=scale, bias=attention_mask)
+            bias = attention_mask
+            if bias is None and implementation is not None and query.shape[2] > 1 and _looks_back(module, is_causal):
+                bias = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            weights = softmax_weights(query, key, scale=scale, bias=bias)
         record(module, weights)
-        return (weights @ value).transpose(1, 2), weights
+        if implementation is None:  # eager attention is code of the model, and this is what it does
+            result = (weights @ value).transpose(1, 2), weights
+        else:
+            given = {"scaling": scaling, "is_causal": is_causal}
+            result = implementation(module, query, *unrepeated, attention_mask, **given, **kwargs)
+        if follow is not None:
+            follow(module, value, result[0])
+        return result
 
     name = "robattr_recording"
     attention.register(name, forward)
-    mask.register(name, padding_mask if ours else mask()["eager"])
+    mask.register(name, mask()[before])
     try:
         set_implementation(model, name)
         yield

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from robattr_fast.errors import ModelError
-from robattr_fast.nn.attention import KernelAttention, KernelSelfAttention, is_timm_attention, timm_projections
-from robattr_fast.nn.maps import attention_maps
+from robattr_fast.nn.attention import KernelSelfAttention, is_timm_attention, projected, timm_projections
+from robattr_fast.nn.maps import followed_maps
+from robattr_fast.ops import _check
 
-# What changes no element: torch.nn.MultiheadAttention returns its weights in another shape than it uses them in.
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")
 
-_FORWARD = inspect.signature(KernelAttention.forward)
+class _Product(NamedTuple):
+    """One attention A V, of which the graph need not hold A: d score / d A = (d score / d A V) V^T."""
+
+    values: torch.Tensor
+    """V [B, H, Nk, D]."""
+    place: torch.Tensor
+    """What is computed of A V, on the way to the score."""
+    heads: Callable[[torch.Tensor], torch.Tensor]
+    """The gradient of ``place`` -> that of A V, [B, Nq, H, D]."""
 
 
 def maps_and_gradients(
@@ -26,105 +31,117 @@ def maps_and_gradients(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Of ``score(model(x))``: the attention weights A of every layer (`attention_maps`), and d sum(score) / d A.
 
-    Where no weights are formed (fused and kernel attention), the gradient is that with respect to the A of the same
-    output A V: (d score / d AV) V^T.
+    The gradient is that of the output A V for given values V. No attention needs to form its weights, or to be able to
+    say how its output depends on them: fused and kernel attention have such gradients too.
 
     Args:
         model: eval-mode module, as of `attention_maps`.
         x: what it is called with; it, or a parameter, requires gradients.
         score: what the model returns -> scores of any shape.
-        create_graph: let the gradients be differentiated in turn.
+        create_graph: let the gradients be differentiated in turn, where the attention has second derivatives.
 
     Returns:
-        Two dicts, name of the module -> [B, H, Nq, Nk].
+        Two dicts, name of the module -> [B, H, Nq, Nk]; gradients in float32 or float64.
 
     Raises:
-        ModelError: as `attention_maps`, or a layer whose weights the score does not depend on.
+        ModelError: as `attention_maps`; a layer that the score does not depend on; keys that come from no token.
     """
-    products = {name: _Product() for name, _ in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
+    products: dict[str, _Product] = {}
     returned: list[Any] = []
+
+    def follow(module: nn.Module, values: torch.Tensor, out: torch.Tensor) -> None:
+        products[names[module]] = _Product(values, out, lambda gradient: gradient)
+
     with ExitStack() as stack, torch.enable_grad():
-        for name, module in model.named_modules():
-            for handle in _product_hooks(module, products[name]):
+        for module, name in names.items():
+            for handle in _hooks(module, name, products):
                 stack.callback(handle.remove)
         stack.callback(model.register_forward_hook(lambda module, args, output: returned.append(output)).remove)
-        maps = attention_maps(model, x)
+        maps = followed_maps(model, (x,), {}, follow)
         total = score(returned[-1]).sum()
-        outs = {name: products[name].out for name in maps}
-        places = [_origin(name, weights if outs[name] is None else outs[name]) for name, weights in maps.items()]
+        for name in maps:
+            if not products[name].place.requires_grad:
+                raise ModelError(f"model: the attention {name!r} carries no graph to its input or parameters")
+        places = [products[name].place for name in maps]
         found = torch.autograd.grad(total, places, create_graph=create_graph, allow_unused=True)
         gradients = {}
-        for (name, weights), gradient in zip(maps.items(), found, strict=True):
+        for name, gradient in zip(maps, found, strict=True):
             if gradient is None:
-                raise ModelError(f"model: its output does not depend on the attention weights of {name!r}")
-            if outs[name] is None:
-                gradients[name] = gradient.view(weights.shape)
-            else:
-                # Heads lie side by side in the output.
-                heads = gradient.reshape(*products[name].value.shape[:1], -1, *products[name].value.shape[1::2])
-                gradients[name] = heads.transpose(1, 2) @ products[name].value.mT
+                raise ModelError(f"model: its output does not depend on the attention {name!r}")
+            values = products[name].values
+            dtype = _check.comparable_dtype(values)  # under autocast they differ
+            with torch.autocast(values.device.type, enabled=False):
+                gradients[name] = products[name].heads(gradient.to(dtype)).transpose(1, 2) @ values.to(dtype).mT
     return maps, gradients
 
 
-class _Product:
-    """Values V [B, H, Nk, D] and the output A V [B, Nq, H * D] of one attention, where nothing else leads to A."""
-
-    value: torch.Tensor
-    out: torch.Tensor | None = None
-
-
-def _product_hooks(module: nn.Module, product: _Product) -> list[Any]:
-    """The hooks that find both; none where the weights are part of the graph."""
-    values: Callable[..., torch.Tensor]
-    last: nn.Module | None
-    if isinstance(module, KernelAttention):
-        values, last = _kernel_values, module.out_proj
-    elif isinstance(module, KernelSelfAttention) or (
+def _hooks(module: nn.Module, name: str, products: dict[str, _Product]) -> list[Any]:
+    """Those that find the product of an attention that is a module; that of transformers is a function."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _multihead_hooks(module, name, products)
+    if isinstance(module, KernelSelfAttention) or (
         type(module).__name__ == "Attention" and is_timm_attention(module)[0]
     ):
-        children = dict(module.named_children())
-        values, last = _timm_values, children.get("norm", None if "gate" in children else children["proj"])
-        if last is None:
-            raise ModelError(
-                f"model: {type(module).__name__} has a gate and no norm before it: its output is not known"
-            )
-    else:
-        return []
+        return _timm_hooks(module, name, products)
+    return []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        product.value = values(module, *args, **kwargs)
 
-    def after(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        product.out = args[0]
+def _multihead_hooks(attention: nn.MultiheadAttention, name: str, products: dict[str, _Product]) -> list[Any]:
+    """Of torch's, or of ours in its form: the output is ``out_proj`` of A V."""
+    if attention.bias_k is not None or attention.add_zero_attn:
+        raise ModelError(f"model: the attention {name!r} adds keys that come from no token")
+    found: list[torch.Tensor] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        found.append(_multihead_values(attention, *args, **kwargs))
+
+    def after(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        values = found.pop()
+
+        def heads(gradient: torch.Tensor) -> torch.Tensor:
+            batched = gradient[None] if gradient.dim() == 2 else gradient
+            first = batched if attention.batch_first or gradient.dim() == 2 else batched.transpose(0, 1)
+            return (first @ attention.out_proj.weight.to(gradient.dtype)).unflatten(-1, (values.shape[1], -1))
+
+        products[name] = _Product(values, output[0], heads)
 
     return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        last.register_forward_pre_hook(after),
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        attention.register_forward_hook(after),
     ]
 
 
-def _timm_values(module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return timm_projections(module, x)[2]
-
-
-def _kernel_values(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    call = _FORWARD.bind(module, *args, **kwargs).arguments
-    inputs = [call[name] for name in ("query", "key", "value")]
-    if inputs[0].dim() == 2:
+def _multihead_values(
+    attention: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    inputs = [query, key, value]
+    if query.dim() == 2:
         inputs = [one[None] for one in inputs]
-    elif not module.batch_first:
+    elif not attention.batch_first:
         inputs = [one.transpose(0, 1) for one in inputs]
-    return module._projected(*inputs)[2]
+    values = projected(attention, *inputs)[2]
+    assert values is not None
+    return values
 
 
-def _origin(name: str, tensor: torch.Tensor | None) -> GradientEdge:
-    """Where the graph of an attention's weights or output begins, behind what only changes the shape."""
-    if tensor is None or not tensor.requires_grad:
-        raise ModelError(f"model: the attention {name!r} carries no graph to its input or parameters")
-    edge = get_gradient_edge(tensor)
-    while edge.node.name() in _VIEWS and len(edge.node.next_functions) == 1:
-        node, output = edge.node.next_functions[0]
-        if node is None:
-            break
-        edge = GradientEdge(node, output)
-    return edge
+def _timm_hooks(attention: nn.Module, name: str, products: dict[str, _Product]) -> list[Any]:
+    """Of timm's, or of ours in its form: A V goes into ``norm``, or into ``proj`` where there is none."""
+    children = dict(attention.named_children())
+    last = children.get("norm", None if "gate" in children else children["proj"])
+    if last is None:
+        raise ModelError(f"model: the attention {name!r} has a gate and no norm before it; expected both")
+    found: list[torch.Tensor] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else kwargs["x"]
+        found.append(timm_projections(module, x)[2])
+
+    def after(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        values = found.pop()
+        products[name] = _Product(values, args[0], lambda gradient: gradient.unflatten(-1, (values.shape[1], -1)))
+
+    return [
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        last.register_forward_pre_hook(after),
+    ]

@@ -12,6 +12,8 @@ from robattr_fast.reference._pack_levels import packed_row_bytes
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LEVELS = 15  # with level 0 sixteen values: a nibble
 MAX_COUNT = 2**31 - 1
+# Asking the abstract classes alone would take longer than a small kernel.
+_INTEGRAL, _REAL = (int, numbers.Integral), (float, int, numbers.Real)
 INDEX_END = 2**32  # sample indices and image ids are one 32-bit word of the counter
 
 
@@ -33,13 +35,18 @@ def comparable_dtype(scores: torch.Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def positive(name: str, value: float) -> float:
-    """A finite number above zero."""
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, takes a finite number > 0")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: got {value}, takes a finite number > 0")
+def positive(name: str, value: float, expected: str = "a finite number > 0") -> float:
+    """A finite number above zero; ``expected`` is what an error says."""
+    if not isinstance(value, _REAL):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes {expected}")
+    if not 0 < value < math.inf:  # torch.compile traces no math.isfinite of a number that varies
+        raise ValueError(f"{name}: got {value}, takes {expected}")
     return float(value)
+
+
+def not_negative(name: str, value: float) -> float:
+    """A finite number, zero or above."""
+    return 0.0 if isinstance(value, _REAL) and value == 0 else positive(name, value, expected="a finite number >= 0")
 
 
 def temperature(value: float) -> float:
@@ -50,14 +57,14 @@ def temperature(value: float) -> float:
 
 
 def integer(name: str, value: int, low: int, high: int) -> int:
-    """An integer in [low, high]."""
+    """An integer in [low, high], of Python or numpy."""
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, _INTEGRAL):
         raise TypeError(f"{name}: got {type(value).__name__}, takes an integer")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, takes an integer in [{low}, {high}]")
-    return value
+    return int(value)
 
 
 def fractions(tau: float, gamma: float | None) -> tuple[float, float]:
@@ -71,7 +78,7 @@ def fractions(tau: float, gamma: float | None) -> tuple[float, float]:
 
 def seed(value: int) -> int:
     """0 <= seed < 2^64, as the int64 with the same bits."""
-    integer("seed", value, 0, 2**64 - 1)
+    value = integer("seed", value, 0, 2**64 - 1)
     return value - 2**64 if value >= 2**63 else value
 
 

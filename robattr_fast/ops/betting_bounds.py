@@ -1,4 +1,4 @@
-"""`betting_bounds`: checks, public function, fake kernel, choice of backend. Definition: reference/."""
+"""`betting_bounds`: checks, public function, kernels. Definition: reference/."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from robattr_fast import _extension, backends
-from robattr_fast.ops import _check, _schema
-from robattr_fast.reference.betting_bounds import betting_bounds as _reference
+from robattr_fast.ops import _check, _vmap
+from robattr_fast.ops._register import register
+from robattr_fast.reference.betting_bounds import betting_bounds as definition
 from robattr_fast.reference.betting_bounds import betting_shares, check_arguments, counts_at_zero
 
 
@@ -34,45 +34,37 @@ def betting_bounds(
     """
     samples = check_arguments(counts, samples, delta)
     _check.integer("counts.shape[2] (L)", counts.shape[2], 1, _check.MAX_LEVELS)
-    return torch.ops.robattr_fast.betting_bounds(counts, samples, delta)
+    return _operator(counts, samples, float(delta))
 
 
-def _empty_result(counts):
+def _fake(counts, samples, delta):
     return tuple(counts.new_empty(counts.shape[:2], dtype=torch.float64) for _ in range(2))
 
 
-def _run(counts, samples, delta):
-    counts_at_zero(counts, samples)
-    lower, upper = _empty_result(counts)
-    backends.call("betting_bounds", counts, lower, upper, samples, delta)
-    return lower, upper
+def _prepare(counts, samples, delta):
+    counts_at_zero(counts, samples)  # raises for numbers that no samples give
+    return counts, samples, delta
 
 
-def _run_reference(counts, lower, upper, samples, delta):
-    for out, bound in zip((lower, upper), _reference(counts, samples, delta), strict=True):
-        out.copy_(bound)
+def _cpu(counts, samples, delta, *, out):
+    shares = betting_shares(torch.device("cpu"))
+    torch.ops.robattr_fast_C.betting_bounds(*out, counts.contiguous(), samples.contiguous(), shares, -math.log(delta))
 
 
-def _run_cpu(counts, lower, upper, samples, delta):
-    torch.ops.robattr_fast_C.betting_bounds(
-        lower, upper, counts.contiguous(), samples.contiguous(), betting_shares(), -math.log(delta)
-    )
-
-
-def _run_triton(counts, lower, upper, samples, delta):
+def _triton(counts, samples, delta, *, out):
     from robattr_fast.kernels.betting_bounds import betting_bounds as launch
 
+    lower, upper = (bound.view(-1) for bound in out)
     with_zero = torch.cat([counts_at_zero(counts, samples)[:, :, None], counts.long()], dim=2)
-    launch(lower.view(-1), upper.view(-1), with_zero.flatten(0, 1), betting_shares(), -math.log(delta))
+    launch(lower, upper, with_zero.flatten(0, 1), betting_shares(torch.device("cpu")), -math.log(delta))
 
 
-backends.register("betting_bounds", "triton", _run_triton, _extension.can_run_triton)
-backends.register("betting_bounds", "reference", _run_reference, _extension.can_run_anywhere)
-backends.register("betting_bounds", "cpu", _run_cpu, _extension.can_run_cpu)
-_schema.PUBLIC.impl("betting_bounds", _run, "CPU")
-_schema.PUBLIC.impl("betting_bounds", _run, "CUDA")
-
-
-@torch.library.register_fake("robattr_fast::betting_bounds", lib=_schema.PUBLIC)
-def _fake(counts, samples, delta):
-    return _empty_result(counts)
+_operator = register(
+    "betting_bounds",
+    definition,
+    fake=_fake,
+    prepare=_prepare,
+    cpu=_cpu,
+    triton=_triton,
+    vmap=_vmap.folded("betting_bounds"),
+)

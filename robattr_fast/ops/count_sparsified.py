@@ -1,15 +1,13 @@
-"""`count_sparsified_`: checks, public function, fake kernel, choice of backend. Definition: reference/."""
+"""`count_sparsified_`: checks, public function, kernels. Definition: reference/."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from robattr_fast import _extension, backends
-from robattr_fast.ops import _check, _schema
+from robattr_fast.ops import _check, _vmap
+from robattr_fast.ops._register import register
 from robattr_fast.reference._select import selected
-from robattr_fast.reference.count_sparsified import count_sparsified_ as _reference
+from robattr_fast.reference.count_sparsified import count_sparsified_ as definition
 
 
 def count_sparsified_(
@@ -37,7 +35,7 @@ def count_sparsified_(
         int32 [B]: the number of invalid samples (NaN or inf) of each image, which leave counts unchanged.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is named above.
+        TypeError, ValueError: an argument outside of what is named above. NotImplementedError: under torch.vmap.
         ValueError: a count passes 2^31 - 1. A call adds at most q to each, so this takes 2^31 samples in all. On a CPU
         the call itself notices; on other devices the count turns negative, which no certificate accepts.
     """
@@ -48,13 +46,11 @@ def count_sparsified_(
     batch, samples, n = scores.shape
     _check.integer("scores.shape[1] (q)", samples, 1, _check.MAX_COUNT)
     _check.counts(counts, packed, batch, samples, n, scores.device)
-    return torch.ops.robattr_fast.count_sparsified_(counts, scores.detach(), tau, gamma, packed)
+    return _operator(counts, scores.detach(), tau, gamma, packed)
 
 
-def _run(counts, scores, tau, gamma, packed):
-    invalid = counts.new_zeros(counts.shape[:1])
-    backends.call("count_sparsified_", scores, counts, invalid, packed, tau, gamma)
-    return invalid
+def _fake(counts, scores, tau, gamma, packed):
+    return counts.new_zeros(counts.shape[:1])
 
 
 def check_overflow(overflow: bool) -> None:
@@ -65,36 +61,33 @@ def check_overflow(overflow: bool) -> None:
         )
 
 
-def _run_reference(scores, counts, invalid, packed, tau, gamma):
-    invalid.copy_(_reference(counts, scores, tau, gamma, packed=packed))
+def _define(counts, scores, tau, gamma, packed):
+    invalid = definition(counts, scores, tau, gamma, packed=packed)
     check_overflow(bool((counts < 0).any()))
+    return invalid
 
 
-def _run_extension(scores, counts, invalid, packed, tau, gamma):
+def _extension(counts, scores, tau, gamma, packed, *, out):
     n = scores.shape[-1]
     k_tau, k_gamma = selected(tau, n), selected(gamma, n)
-    check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, invalid, packed, scores, k_tau, k_gamma))
+    check_overflow(torch.ops.robattr_fast_C.count_sparsified_(counts, out, packed, scores, k_tau, k_gamma))
 
 
-def _run_triton(scores, counts, invalid, packed, tau, gamma):
+def _triton(counts, scores, tau, gamma, packed, *, out):
     from robattr_fast.kernels.count_sparsified import count_sparsified as launch
 
     n = scores.shape[-1]
-    invalid.copy_(launch(counts, scores, selected(tau, n), selected(gamma, n), packed).sum(dim=1))
+    out.copy_(launch(counts, scores, selected(tau, n), selected(gamma, n), packed).sum(dim=1))
     # Elsewhere the host would have to wait for the device.
     check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
 
 
-backends.register("count_sparsified_", "triton", _run_triton, _extension.can_run_triton)
-backends.register("count_sparsified_", "reference", _run_reference, _extension.can_run_anywhere)
-backends.register("count_sparsified_", "cpu", _run_extension, _extension.can_run_cpu)
-backends.register(
-    "count_sparsified_", "cuda", _run_extension, functools.partial(_extension.can_run_cuda, "count_sparsified_")
+_operator = register(
+    "count_sparsified_",
+    _define,
+    fake=_fake,
+    cpu=_extension,
+    triton=_triton,
+    cuda=_extension,
+    vmap=_vmap.refused("count_sparsified_"),
 )
-_schema.PUBLIC.impl("count_sparsified_", _run, "CPU")
-_schema.PUBLIC.impl("count_sparsified_", _run, "CUDA")
-
-
-@torch.library.register_fake("robattr_fast::count_sparsified_", lib=_schema.PUBLIC)
-def _fake(counts, scores, tau, gamma, packed):
-    return counts.new_empty(counts.shape[:1])

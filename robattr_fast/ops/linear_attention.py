@@ -1,4 +1,4 @@
-"""`linear_attention`: checks, public function, fakes, autograd, choice of backend. Definition: reference/.
+"""`linear_attention`: checks, public function, kernels, derivatives. Definition: reference/.
 
 Three operators: the forward, its backward, and the backward of that. Each one's autograd calls the next; the last one's
 differentiates the reference. Each is a function of its inputs alone, and nothing else is kept for the next.
@@ -10,12 +10,12 @@ import math
 
 import torch
 
-from robattr_fast import _extension, backends
-from robattr_fast.ops import _check, _schema
+from robattr_fast.ops import _check, _vmap
+from robattr_fast.ops._register import register
 from robattr_fast.reference.linear_attention import FEATURE_MAPS
-from robattr_fast.reference.linear_attention import linear_attention as _reference
-from robattr_fast.reference.linear_attention import linear_attention_backward as _reference_backward
-from robattr_fast.reference.linear_attention import linear_attention_double_backward as _reference_double_backward
+from robattr_fast.reference.linear_attention import linear_attention as definition
+from robattr_fast.reference.linear_attention import linear_attention_backward as definition_of_backward
+from robattr_fast.reference.linear_attention import linear_attention_double_backward as definition_of_double_backward
 
 MAX_WIDTH = 256
 MAX_POSITIONS = 65536
@@ -54,9 +54,10 @@ def linear_attention(
     Returns:
         [B, H, Nq, Dv] in the dtype of q; sums are float32, for float64 float64. A row that sees nothing, or whose
         denominator is 0 (or so small that its reciprocal overflows), gives zeros, and so are its gradients.
-        Differentiable to every order in q, k and v; the first and second derivatives have kernels of their own, linear
-        in time and memory, and only inputs are kept for them. Higher ones go through the definition, which is
-        quadratic. Under autocast q, k and v are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+        Differentiable to every order in q, k and v, in reverse and forward mode; the first and second derivatives, and
+        forward over reverse, have kernels of their own, linear in time and memory, and only inputs are kept for them.
+        Higher ones go through the definition, which is quadratic. Under autocast q, k and v are cast as
+        torch.nn.functional.scaled_dot_product_attention casts them.
 
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
@@ -68,11 +69,9 @@ def linear_attention(
     _check.integer("v.shape[3] (Dv)", v.shape[3], 1, MAX_WIDTH)
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map: got {feature_map!r}, takes one of {', '.join(FEATURE_MAPS)}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
-    return torch.ops.robattr_fast.linear_attention(
-        q, k, v, feature_map, bool(causal), bool(normalize), key_padding_mask, float(eps)
-    )
+    return _operator(q, k, v, feature_map, bool(causal), bool(normalize), key_padding_mask, float(eps))
 
 
 def checked(
@@ -127,135 +126,58 @@ def _empty_like(x, width):
     return x.new_empty((batch, heads, positions, width))
 
 
-def _empty_result(q, k, v, *settings):
+def _fake(q, k, v, *settings):
     return _empty_like(q, v.shape[3])
 
 
-def _empty_gradients(grad, q, k, v, *settings):
+def _fake_gradients(grad, q, k, v, *settings):
     return tuple(_empty_like(x, x.shape[3]) for x in (q, k, v))
 
 
-def _empty_second_gradients(u_q, u_k, u_v, grad, q, k, v, *settings):
+def _fake_second_gradients(u_q, u_k, u_v, grad, q, k, v, *settings):
     return tuple(_empty_like(x, x.shape[3]) for x in (grad, q, k, v))
 
 
-def _run(q, k, v, *settings):
-    out = _empty_result(q, k, v)
-    backends.call("linear_attention", q, out, k, v, *settings)
-    return out
-
-
-def _run_backward(grad, q, k, v, *settings):
-    gradients = _empty_gradients(grad, q, k, v)
-    backends.call("linear_attention_backward", grad, *gradients, q, k, v, *settings)
-    return gradients
-
-
-def _run_double_backward(u_q, u_k, u_v, grad, q, k, v, *settings):
-    gradients = _empty_second_gradients(u_q, u_k, u_v, grad, q, k, v)
-    backends.call("linear_attention_double_backward", u_q, *gradients, u_k, u_v, grad, q, k, v, *settings)
-    return gradients
-
-
-def _define(definition, tensors, feature_map, causal, normalize, key_padding_mask, eps):
-    """Results of a function of reference/, in its own dtypes whatever autocast is in force."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return definition(
-            *tensors,
-            feature_map=feature_map,
-            causal=causal,
-            normalize=normalize,
-            key_padding_mask=key_padding_mask,
-            eps=eps,
-        )
-
-
-def _run_reference(q, out, k, v, *settings):
-    out.copy_(_define(_reference, (q, k, v), *settings))
-
-
-def _run_reference_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
-    found = _define(_reference_backward, (grad, q, k, v), *settings)
-    for out, value in zip((grad_q, grad_k, grad_v), found, strict=True):
-        out.copy_(value)
-
-
-def _run_reference_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
-    found = _define(_reference_double_backward, (u_q, u_k, u_v, grad, q, k, v), *settings)
-    for out, value in zip((of_grad, of_q, of_k, of_v), found, strict=True):
-        out.copy_(value)
-
-
-def _for_cpu(tensors, feature_map, causal, normalize, key_padding_mask, eps):
+def _for_cpu(*args):
     """Arguments of the C++ kernels: any strides but the last, which must be 1."""
+    *tensors, feature_map, causal, normalize, key_padding_mask, eps = args
     rows = (x if x.stride(3) == 1 else x.contiguous() for x in tensors)
     mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     return *rows, mask, FEATURE_MAPS.index(feature_map), causal, normalize, eps
 
 
-def _run_cpu(q, out, k, v, *settings):
-    torch.ops.robattr_fast_C.linear_attention(out, *_for_cpu((q, k, v), *settings))
+def _cpu(*args, out):
+    torch.ops.robattr_fast_C.linear_attention(out, *_for_cpu(*args))
 
 
-def _run_cpu_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
-    torch.ops.robattr_fast_C.linear_attention_backward(grad_q, grad_k, grad_v, *_for_cpu((grad, q, k, v), *settings))
+def _cpu_backward(*args, out):
+    torch.ops.robattr_fast_C.linear_attention_backward(*out, *_for_cpu(*args))
 
 
-def _run_cpu_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
-    torch.ops.robattr_fast_C.linear_attention_double_backward(
-        of_grad, of_q, of_k, of_v, *_for_cpu((u_q, u_k, u_v, grad, q, k, v), *settings)
-    )
+def _cpu_double_backward(*args, out):
+    torch.ops.robattr_fast_C.linear_attention_double_backward(*out, *_for_cpu(*args))
 
 
-def _run_triton(q, out, k, v, *settings):
+def _triton(*args, out):
     from robattr_fast.kernels import linear_attention as kernels
 
-    kernels.linear_attention(out, q, k, v, *settings)
+    kernels.linear_attention(out, *args)
 
 
-def _run_triton_backward(grad, grad_q, grad_k, grad_v, q, k, v, *settings):
+def _triton_backward(*args, out):
     from robattr_fast.kernels import linear_attention as kernels
 
-    kernels.linear_attention_backward(grad_q, grad_k, grad_v, grad, q, k, v, *settings)
+    kernels.linear_attention_backward(*out, *args)
 
 
-def _run_triton_double_backward(u_q, of_grad, of_q, of_k, of_v, u_k, u_v, grad, q, k, v, *settings):
+def _triton_double_backward(*args, out):
     from robattr_fast.kernels import linear_attention as kernels
 
-    kernels.linear_attention_double_backward(of_grad, of_q, of_k, of_v, u_q, u_k, u_v, grad, q, k, v, *settings)
+    kernels.linear_attention_double_backward(*out, *args)
 
 
-for _name, _triton_call, _reference_call, _cpu_call in (
-    ("linear_attention", _run_triton, _run_reference, _run_cpu),
-    ("linear_attention_backward", _run_triton_backward, _run_reference_backward, _run_cpu_backward),
-    (
-        "linear_attention_double_backward",
-        _run_triton_double_backward,
-        _run_reference_double_backward,
-        _run_cpu_double_backward,
-    ),
-):
-    backends.register(_name, "triton", _triton_call, _extension.can_run_triton)
-    backends.register(_name, "reference", _reference_call, _extension.can_run_anywhere)
-    backends.register(_name, "cpu", _cpu_call, _extension.can_run_cpu)
-for _name, _call in (
-    ("linear_attention", _run),
-    ("linear_attention_backward", _run_backward),
-    ("linear_attention_double_backward", _run_double_backward),
-):
-    _schema.PUBLIC.impl(_name, _call, "CPU")
-    _schema.PUBLIC.impl(_name, _call, "CUDA")
-for _name, _call in (
-    ("linear_attention", _empty_result),
-    ("linear_attention_backward", _empty_gradients),
-    ("linear_attention_double_backward", _empty_second_gradients),
-):
-    torch.library.register_fake(f"robattr_fast::{_name}", _call, lib=_schema.PUBLIC)
-
-
-def _setup_context(ctx, inputs, output):
+def _setup(ctx, inputs, output):
     *tensors, ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps = inputs
-    ctx.preference = backends.preference()
     ctx.save_for_backward(*tensors, mask)
 
 
@@ -265,29 +187,49 @@ def _saved(ctx):
     return tensors, (ctx.feature_map, ctx.causal, ctx.normalize, mask, ctx.eps)
 
 
-_NO_GRADIENTS = (None,) * 5
-
-
 def _backward(ctx, grad):
     tensors, settings = _saved(ctx)
-    with backends.preferring(ctx.preference):
-        gradients = torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings)
-    return *gradients, *_NO_GRADIENTS
+    return torch.ops.robattr_fast.linear_attention_backward(grad, *tensors, *settings)
+
+
+def _jvp(ctx, t_q, t_k, t_v, *_):
+    # The first result of the double backward is the derivative of the forward in a direction, whatever its gradient.
+    (q, k, v), settings = _saved(ctx)
+    grad = torch.zeros_like(_fake(q, k, v))
+    return torch.ops.robattr_fast.linear_attention_double_backward(t_q, t_k, t_v, grad, q, k, v, *settings)[0]
 
 
 def _double_backward(ctx, *grads):
     tensors, settings = _saved(ctx)
-    with backends.preferring(ctx.preference):
-        gradients = torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings)
-    return *gradients, *_NO_GRADIENTS
+    return torch.ops.robattr_fast.linear_attention_double_backward(*grads, *tensors, *settings)
+
+
+def _backward_jvp(ctx, t_grad, t_q, t_k, t_v, *_):
+    # Linear in grad; and the derivative of a gradient is a Hessian, which is symmetric.
+    (grad, q, k, v), settings = _saved(ctx)
+    through_grad = torch.ops.robattr_fast.linear_attention_backward(t_grad, q, k, v, *settings)
+    _, *through_tensors = torch.ops.robattr_fast.linear_attention_double_backward(
+        t_q, t_k, t_v, grad, q, k, v, *settings
+    )
+    return tuple(a + b for a, b in zip(through_grad, through_tensors, strict=True))
 
 
 def _triple_backward(ctx, *grads):
-    tensors, settings = _saved(ctx)
+    tensors, (feature_map, causal, normalize, mask, eps) = _saved(ctx)
+
+    def define(*tensors):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return definition_of_double_backward(
+                *tensors, feature_map=feature_map, causal=causal, normalize=normalize, key_padding_mask=mask, eps=eps
+            )
+
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(define, *tensors)[1](grads)
+    # As torch.func does it, which knows no hooks for saved tensors.
     with torch.enable_grad():
         # Views, because one tensor may be several arguments, and each has its own gradient.
         inputs = [x.view_as(x) for x in tensors]
-        outputs = _define(_reference_double_backward, inputs, *settings)
+        outputs = define(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
     reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
@@ -298,14 +240,38 @@ def _triple_backward(ctx, *grads):
         allow_unused=True,
     )
     gradients = iter(found)
-    return *(next(gradients) if x.requires_grad else None for x in inputs), *_NO_GRADIENTS
+    return tuple(next(gradients) if x.requires_grad else None for x in inputs)
 
 
-for _name, _backward_call in (
-    ("linear_attention", _backward),
-    ("linear_attention_backward", _double_backward),
-    ("linear_attention_double_backward", _triple_backward),
-):
-    torch.library.register_autograd(
-        f"robattr_fast::{_name}", _backward_call, setup_context=_setup_context, lib=_schema.PUBLIC
-    )
+_operator = register(
+    "linear_attention",
+    definition,
+    fake=_fake,
+    cpu=_cpu,
+    triton=_triton,
+    setup=_setup,
+    backward=_backward,
+    jvp=_jvp,
+    vmap=_vmap.folded("linear_attention"),
+)
+register(
+    "linear_attention_backward",
+    definition_of_backward,
+    fake=_fake_gradients,
+    cpu=_cpu_backward,
+    triton=_triton_backward,
+    setup=_setup,
+    backward=_double_backward,
+    jvp=_backward_jvp,
+    vmap=_vmap.folded("linear_attention_backward"),
+)
+register(
+    "linear_attention_double_backward",
+    definition_of_double_backward,
+    fake=_fake_second_gradients,
+    cpu=_cpu_double_backward,
+    triton=_triton_double_backward,
+    setup=_setup,
+    backward=_triple_backward,
+    vmap=_vmap.folded("linear_attention_double_backward"),
+)

@@ -1,4 +1,4 @@
-"""`mlp_smoothgrad`: checks, public function, fake kernel, choice of backend. Definition: reference/."""
+"""`mlp_smoothgrad`: checks, public function, kernels. Definition: reference/."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from robattr_fast import _extension, backends
-from robattr_fast.ops import _check, _schema
+from robattr_fast import backends
+from robattr_fast.ops import _check, _vmap
+from robattr_fast.ops._register import register
 from robattr_fast.ops.count_sparsified import check_overflow
 from robattr_fast.ops.noisy_samples import by_first_sample
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.mlp_smoothgrad import ACTIVATIONS
-from robattr_fast.reference.mlp_smoothgrad import mlp_smoothgrad as _reference
+from robattr_fast.reference.mlp_smoothgrad import mlp_smoothgrad as definition
 
 MAX_LAYERS = 3
 MAX_WIDTH = 256  # outputs of a layer
@@ -80,15 +81,15 @@ def mlp_smoothgrad(
         sample (a logit or a gradient that is NaN or infinite), which changes no count.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is named above.
+        TypeError, ValueError: an argument outside of what is named above. NotImplementedError: under torch.vmap.
     """
     _check.float_tensor("x", x, min_dim=2)
     _check_float32("x", x, x.device)
     batch, n = x.shape[0], x[0].numel()
     _check.integer("elements of an image of x", n, 1, MAX_INPUTS)
-    _check.positive("sigma", sigma)
-    _check.integer("num_samples", num_samples, 1, 2**31 - 1)
-    _check.integer("first_sample", first_sample, 0, _check.INDEX_END - num_samples)
+    sigma = _check.positive("sigma", sigma)
+    num_samples = _check.integer("num_samples", num_samples, 1, 2**31 - 1)
+    first_sample = _check.integer("first_sample", first_sample, 0, _check.INDEX_END - num_samples)
     tau, gamma = _check.fractions(tau, gamma)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
@@ -98,12 +99,12 @@ def mlp_smoothgrad(
     if target is not None and (target.dtype != torch.int64 or target.shape != (batch,)):
         raise ValueError(f"target: got {target.dtype} {tuple(target.shape)}, takes int64 {(batch,)}")
     _check.counts(counts, packed, batch, num_samples, n, x.device)
-    return torch.ops.robattr_fast.mlp_smoothgrad(
+    return _operator(
         counts,
         x.detach(),
         [weight.detach() for weight in weights],
         [bias.detach() for bias in biases],
-        float(sigma),
+        sigma,
         num_samples,
         tau,
         gamma,
@@ -154,10 +155,34 @@ def add(
     packed: torch.Tensor | None,
 ) -> torch.Tensor:
     """`mlp_smoothgrad` for loops that must not wait for the device: nothing is checked. x [B, n], contiguous."""
-    return backends.call("mlp_smoothgrad", x, counts, layers, noise, target, tau, gamma, packed)
+    sigma, num_samples, *stream = noise
+    classes = x.new_empty((x.shape[0], num_samples), dtype=torch.int64)
+    of_layers = layers.weights, layers.biases
+    rest = sigma, num_samples, tau, gamma, layers.activation, target, *stream, packed
+    backends.call("mlp_smoothgrad", counts, x, *of_layers, *rest, out=classes)
+    return classes
 
 
-def _run(
+def _fake(counts, x, weights, biases, sigma, num_samples, *_):
+    return x.new_empty((x.shape[0], num_samples), dtype=torch.int64)
+
+
+def _prepare(
+    counts, x, weights, biases, sigma, num_samples, tau, gamma, activation, target, seed, first, ids, offset, packed
+):
+    classes = weights[-1].shape[0]
+    if target is not None:
+        if not bool(((target >= 0) & (target < classes)).all()):
+            raise ValueError(f"target: got {target.tolist()}, takes classes in [0, {classes})")
+        target = target.to(x.device).contiguous()
+    _check.sample_indices(first, offset, num_samples)
+    weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
+    ids, rows = _check.given_image_ids(ids, x), x.flatten(1).contiguous()
+    rest = sigma, num_samples, tau, gamma, activation, target, seed, first, ids, offset, packed
+    return counts, rows, weights, biases, *rest
+
+
+def _define(
     counts,
     x,
     weights,
@@ -174,36 +199,23 @@ def _run(
     sample_offset,
     packed,
 ):
-    classes = weights[-1].shape[0]
-    if target is not None:
-        if not bool(((target >= 0) & (target < classes)).all()):
-            raise ValueError(f"target: got {target.tolist()}, takes classes in [0, {classes})")
-        target = target.to(x.device).contiguous()
-    _check.sample_indices(first_sample, sample_offset, num_samples)
-    layers = Layers([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases], activation)
-    ids = _check.given_image_ids(image_ids, x)
-    noise = Noise(sigma, num_samples, seed, first_sample, ids, sample_offset)
-    return add(counts, x.flatten(1).contiguous(), layers, noise, target, tau, gamma, packed)
-
-
-def _run_reference(x, counts, layers, noise, target, tau, gamma, packed):
     classes = []
-    for images, first in by_first_sample(noise.first_sample, noise.sample_offset):
+    for images, first in by_first_sample(first_sample, sample_offset):
         classes.append(
-            _reference(
+            definition(
                 counts[images],
                 x[images],
-                layers.weights,
-                layers.biases,
-                noise.sigma,
-                noise.num_samples,
+                weights,
+                biases,
+                sigma,
+                num_samples,
                 tau,
                 gamma,
-                activation=layers.activation,
+                activation=activation,
                 target=None if target is None else target[images],
-                seed=noise.seed % 2**64,
+                seed=seed % 2**64,
                 first_sample=first,
-                image_ids=noise.image_ids[images],
+                image_ids=image_ids[images],
                 packed=None if packed is None else packed[images],
             )
         )
@@ -211,24 +223,34 @@ def _run_reference(x, counts, layers, noise, target, tau, gamma, packed):
     return torch.cat(classes)
 
 
-def _run_triton(x, counts, layers, noise, target, tau, gamma, packed):
+def _triton(
+    counts,
+    x,
+    weights,
+    biases,
+    sigma,
+    num_samples,
+    tau,
+    gamma,
+    activation,
+    target,
+    *rest,
+    out,
+):
     from robattr_fast.kernels.count_sparsified import count_sparsified as count
     from robattr_fast.kernels.mlp_smoothgrad import gradient_sizes
 
-    scores, classes = gradient_sizes(x, **layers._asdict(), **noise._asdict(), target=target)
+    seed, first, ids, offset, packed = rest
+    scores, classes = gradient_sizes(
+        x, weights, biases, activation, sigma, num_samples, seed, first, ids, offset, target
+    )
     n = x.shape[1]
-    classes.masked_fill_(count(counts, scores, selected(tau, n), selected(gamma, n), packed), -1)
+    nonfinite = count(counts, scores, selected(tau, n), selected(gamma, n), packed)
+    out.copy_(classes.masked_fill_(nonfinite, -1))
     # Elsewhere the host would have to wait for the device.
     check_overflow(counts.device.type == "cpu" and bool((counts < 0).any()))
-    return classes
 
 
-backends.register("mlp_smoothgrad", "triton", _run_triton, _extension.can_run_triton)
-backends.register("mlp_smoothgrad", "reference", _run_reference, _extension.can_run_anywhere)
-_schema.PUBLIC.impl("mlp_smoothgrad", _run, "CPU")
-_schema.PUBLIC.impl("mlp_smoothgrad", _run, "CUDA")
-
-
-@torch.library.register_fake("robattr_fast::mlp_smoothgrad", lib=_schema.PUBLIC)
-def _fake(counts, x, weights, biases, sigma, num_samples, *_):
-    return x.new_empty((x.shape[0], num_samples), dtype=torch.int64)
+_operator = register(
+    "mlp_smoothgrad", _define, fake=_fake, prepare=_prepare, triton=_triton, vmap=_vmap.refused("mlp_smoothgrad")
+)

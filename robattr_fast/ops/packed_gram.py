@@ -1,13 +1,13 @@
-"""`packed_gram`: checks, public function, fake kernel, choice of backend. Definition: reference/."""
+"""`packed_gram`: checks, public function, kernels. Definition: reference/."""
 
 from __future__ import annotations
 
 import torch
 
-from robattr_fast import _extension, backends
-from robattr_fast.ops import _schema
+from robattr_fast.ops import _check, _vmap
+from robattr_fast.ops._register import register
 from robattr_fast.reference.packed_gram import check_packed
-from robattr_fast.reference.packed_gram import packed_gram as _reference
+from robattr_fast.reference.packed_gram import packed_gram as definition
 
 
 def packed_gram(
@@ -29,39 +29,28 @@ def packed_gram(
     Raises:
         TypeError, ValueError: an argument outside of what is named above.
     """
+    num_levels = _check.integer("num_levels", num_levels, 1, _check.MAX_LEVELS)
     check_packed(rows, num_levels, other, mask)
-    return torch.ops.robattr_fast.packed_gram(rows, num_levels, other, mask)
+    return _operator(rows, num_levels, other, mask)
 
 
-def _run(rows, num_levels, other, mask):
-    return backends.call("packed_gram", rows, num_levels, other, mask)
-
-
-def _run_cpu(rows, num_levels, other, mask):
-    rows = rows.contiguous()
-    second = rows if other is None else other.contiguous()
-    out = rows.new_empty((rows.shape[0], second.shape[0]), dtype=torch.int64)
-    torch.ops.robattr_fast_C.packed_gram(
-        out, rows, second, None if mask is None else mask.contiguous(), num_levels, other is None
-    )
-    return out
-
-
-def _run_triton(rows, num_levels, other, mask):
-    from robattr_fast.kernels.packed_gram import packed_gram as launch
-
-    out = rows.new_empty((rows.shape[0], (rows if other is None else other).shape[0]), dtype=torch.int64)
-    launch(out, rows, other, mask, num_levels)
-    return out
-
-
-backends.register("packed_gram", "triton", _run_triton, _extension.can_run_triton)
-backends.register("packed_gram", "reference", _reference, _extension.can_run_anywhere)
-backends.register("packed_gram", "cpu", _run_cpu, _extension.can_run_cpu)
-_schema.PUBLIC.impl("packed_gram", _run, "CPU")
-_schema.PUBLIC.impl("packed_gram", _run, "CUDA")
-
-
-@torch.library.register_fake("robattr_fast::packed_gram", lib=_schema.PUBLIC)
 def _fake(rows, num_levels, other, mask):
     return rows.new_empty((rows.shape[0], (rows if other is None else other).shape[0]), dtype=torch.int64)
+
+
+def _cpu(rows, num_levels, other, mask, *, out):
+    rows = rows.contiguous()
+    second = rows if other is None else other.contiguous()
+    kept = None if mask is None else mask.contiguous()
+    torch.ops.robattr_fast_C.packed_gram(out, rows, second, kept, num_levels, other is None)
+
+
+def _triton(rows, num_levels, other, mask, *, out):
+    from robattr_fast.kernels.packed_gram import packed_gram as launch
+
+    launch(out, rows, other, mask, num_levels)
+
+
+_operator = register(
+    "packed_gram", definition, fake=_fake, cpu=_cpu, triton=_triton, vmap=_vmap.one_by_one("packed_gram")
+)

@@ -15,6 +15,7 @@ capital depends on the counts alone).
 """
 
 import math
+import numbers
 
 import torch
 
@@ -40,10 +41,10 @@ _TINY = 1e-280
 """Bounds below this are returned as 0: their reciprocal would come near the end of float64."""
 
 
-def betting_shares() -> torch.Tensor:
-    """The grid of shares b_j, float64 [J], rising. It is part of the definition of the bound."""
+def betting_shares(device: torch.device) -> torch.Tensor:
+    """The grid of shares b_j, float64 [J], rising; computed on the CPU. It is part of the definition of the bound."""
     low, high = (math.log(b / (1 - b)) for b in (SMALLEST_SHARE, LARGEST_SHARE))
-    return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64))
+    return torch.sigmoid(torch.linspace(low, high, NUM_SHARES, dtype=torch.float64, device="cpu")).to(device)
 
 
 def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: float) -> torch.Tensor:
@@ -60,8 +61,8 @@ def check_arguments(counts: torch.Tensor, samples: torch.Tensor | int, delta: fl
         if samples.shape != counts.shape[:1]:
             raise ValueError(f"samples must have shape [{counts.shape[0]}] as counts says, got {list(samples.shape)}")
         return samples.to(counts.device)
-    if isinstance(samples, int) and not isinstance(samples, bool):
-        return torch.full((counts.shape[0],), samples, dtype=torch.int64, device=counts.device)
+    if isinstance(samples, numbers.Integral) and not isinstance(samples, bool):
+        return torch.full((counts.shape[0],), int(samples), dtype=torch.int64, device=counts.device)
     raise TypeError(f"samples must be an int or an int64 tensor, got {type(samples).__name__}")
 
 
@@ -87,7 +88,7 @@ def _log_wealth(counts: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor,
 
     counts: float64 [R, L + 1], level 0 first; mean: float64 [R], above 0. Both results are float64 [R].
     """
-    shares = betting_shares().to(counts.device)
+    shares = betting_shares(counts.device)
     levels = torch.arange(1, counts.shape[1], dtype=torch.float64, device=counts.device) / (counts.shape[1] - 1)
     stakes = shares[:, None] * levels
     growth = (1 - shares)[:, None] + stakes / mean[:, None, None]  # [R, J, L]
@@ -108,7 +109,7 @@ def _lower(counts: torch.Tensor, delta: float) -> torch.Tensor:
     """
     target = -math.log(delta)
     total, above = counts.sum(1), counts[:, 1:].sum(1)
-    shares = betting_shares().to(counts.device)
+    shares = betting_shares(counts.device)
     levels = torch.arange(1, counts.shape[1], dtype=torch.float64, device=counts.device) / (counts.shape[1] - 1)
 
     # For m -> 0, ln W approaches from above the line with slope -above through this intercept.

@@ -43,7 +43,7 @@ def check_target(target: int | Sequence[int] | torch.Tensor | None, x: torch.Ten
     if target is None:
         return None
     classes = torch.as_tensor(target, device=x.device)
-    if classes.dtype not in (torch.int64, torch.int32) or classes.dim() > 1:
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool or classes.dim() > 1:
         raise TypeError(
             f"target: got {classes.dtype} of shape {tuple(classes.shape)}, takes an integer or one per image"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,9 @@ from robattr_fast.errors import ModelError
 from robattr_fast.model.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
-from robattr_fast.sampling.step import Following, Segment, Step, can_capture
+from robattr_fast.sampling.batch import Scored, Segment, by_segment, filled, first_rows
+from robattr_fast.sampling.map import Map, Stream
+from robattr_fast.sampling.step import Following, Step, can_capture
 from robattr_fast.sampling.trial import MEMORY_FORMATS, Way, fastest, seconds_of
 
 _logger = logging.getLogger("robattr_fast")
@@ -42,26 +44,6 @@ class SamplingProgress:
     images: int
     samples: int
     total: int
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores and logits of one segment; the tensors are valid until the next batch."""
-
-    segment: Segment
-    scores: torch.Tensor  # [count, *S], signed
-    logits: torch.Tensor  # [count, classes]
-
-
-def next_batch(done: Sequence[int], wanted: Sequence[int], first_sample: int, batch_size: int) -> list[Segment]:
-    """The next rows to score, where image i has ``done[i]`` of ``wanted[i]`` samples; empty when all are done."""
-    segments = []
-    room = batch_size
-    for image, (have, want) in enumerate(zip(done, wanted, strict=True)):
-        if count := min(want - have, room):
-            segments.append(Segment(image, first_sample + have, count))
-            room -= count
-    return segments
 
 
 Work = Callable[[Sequence[Segment], torch.Tensor, "torch.Tensor | None"], _T]
@@ -102,6 +84,7 @@ class Sampler:
         self.image_ids = image_ids.to(x.device)
         self.least, self.most = _model.batch_sizes(model)
         self.folded = False
+        self.classes = 0
         self.batch_size = self._clamped(_FIRST_ROWS)
         self.memory_format = "contiguous"
         self._buffer = torch.empty(0)
@@ -110,7 +93,7 @@ class Sampler:
         self._captures = can_capture(x.device) and isinstance(explain, str)
 
     def prepare(self) -> int:
-        """Fold BatchNorm where that is exact; a model that cannot be explained fails here. The number of classes."""
+        """Fold BatchNorm where that is exact; a model that cannot be explained fails here. Gives ``classes``."""
         alone = self.sparing(self._logits_of_one_row)
         classes = alone.shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
@@ -123,6 +106,7 @@ class Sampler:
                 _model.check_repeatable(once, again.scores[0], half_digits)
         else:  # a callable may look at the model's layers: it gets them as they are
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
+        self.classes = classes
         return classes
 
     def _half_digits(self, result: torch.Tensor) -> float:
@@ -255,7 +239,7 @@ class Sampler:
         if replayed is None:
             return self.apply(segments, self._score)
         taken, (scores, logits) = replayed
-        return _by_segment(taken, scores, logits)
+        return by_segment(taken, scores, logits)
 
     def replay_through(self, segment: Segment, follow: Follow) -> tuple[Segment, tuple[torch.Tensor, ...]] | None:
         """One batch of one image by a captured step that goes on to ``follow(batch_size)``, made once per step.
@@ -274,7 +258,7 @@ class Sampler:
             step = self._captured(1 if len(segments) == 1 else self.batch_size, follow)
             if step is None:
                 return None
-            taken = _first_rows(segments, self.batch_size)
+            taken = first_rows(segments, self.batch_size)
             return taken, step(self.x, self.image_ids, self.target, taken)
 
         return self.sparing(attempt) if self._captures else None
@@ -314,7 +298,7 @@ class Sampler:
         """
 
         def attempt() -> _T:
-            first = _first_rows(segments, self.batch_size)
+            first = first_rows(segments, self.batch_size)
             return work(first, *self._noisy_rows(first, self.batch_size))
 
         return self.sparing(attempt)
@@ -368,9 +352,7 @@ class Sampler:
 
     def _noisy_rows(self, segments: Sequence[Segment], batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The segments' rows, the last segment continued to ``batch_size`` rows in all, and their targets."""
-        last = segments[-1]
-        surplus = batch_size - sum(segment.count for segment in segments)
-        padded = [*segments[:-1], replace(last, count=last.count + surplus)]
+        padded = filled(segments, batch_size)
         self._fill(padded, batch_size)
         if self.target is None:
             return self._buffer, None
@@ -379,24 +361,23 @@ class Sampler:
 
     def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
         with _model.autocast(self.x.device, self.autocast):
-            return _by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
+            return by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
 
 
-def _by_segment(segments: Sequence[Segment], scores: torch.Tensor, logits: torch.Tensor) -> list[Scored]:
-    row = 0
-    scored = []
-    for segment in segments:
-        rows = slice(row, row + segment.count)
-        scored.append(Scored(segment, scores[rows], logits[rows]))
-        row += segment.count
-    return scored
+def prepared(model: nn.Module, x: torch.Tensor, map: Map, stream: Stream) -> Sampler:
+    """The sampler of the user's model, on a private copy; ModelError if that cannot be explained.
 
-
-def _first_rows(segments: Sequence[Segment], rows: int) -> list[Segment]:
-    """The segments cut to ``rows`` rows in all."""
-    kept = []
-    for segment in segments:
-        if count := min(segment.count, rows):
-            kept.append(replace(segment, count=count))
-            rows -= count
-    return kept
+    x: [B, *S]. Set the batch size before `Sampler.run`.
+    """
+    sampler = Sampler(
+        _model.private_copy(model),
+        x,
+        sigma=map.sigma,
+        target=None if map.target is None else torch.tensor(map.target, device=x.device),
+        explain=map.explain,
+        seed=stream.seed,
+        image_ids=torch.tensor(stream.image_ids),
+        autocast=map.autocast,
+    )
+    sampler.prepare()
+    return sampler

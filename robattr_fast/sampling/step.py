@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from robattr_fast import backends
 from robattr_fast import model as _model
 from robattr_fast.ops.noisy_samples import fill
+from robattr_fast.sampling.batch import Segment
 
 _WARM_UP = 2  # runs before the capture: kernels get compiled, workspaces allocated, algorithms chosen
 
@@ -31,15 +31,6 @@ class Memory(NamedTuple):
     pool: Any
     stream: Any
     """Of the capture: the allocator keeps what one stream has freed for that stream."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows of a batch that belong to one image: samples [first_sample, first_sample + count)."""
-
-    image: int
-    first_sample: int
-    count: int
 
 
 def can_capture(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from robattr_fast.certificates.theorems.bounds import sample_mean
 from robattr_fast.certificates.theorems.label import Prediction
 from robattr_fast.errors import CertificateFileError, MergeError
 from robattr_fast.metrics.overlap import top_k
+from robattr_fast.ops import _check
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
 
@@ -141,8 +142,8 @@ class Certificate:
             raise ValueError(
                 "second_moment: got True, but counts do not tell how elements move together; from_samples does"
             )
-        if isinstance(samples, int):
-            samples = torch.full((len(counts),), samples, dtype=torch.int64)
+        if not isinstance(samples, torch.Tensor):
+            samples = torch.full((len(counts),), _check.integer("samples", samples, 0, 2**31 - 1), dtype=torch.int64)
         settings = Settings(
             sigma=sigma,
             shape=tuple(shape) if shape is not None else (counts.shape[1],),
@@ -437,10 +438,7 @@ class Certificate:
         return rows.view(len(self), *self.settings.shape)
 
     def _check_query(self, k: int, method: str) -> None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
-        if not 1 <= k <= self.settings.n // 2:
-            raise ValueError(f"k must lie in 1..n//2 = 1..{self.settings.n // 2}, got {k}")
+        _check.integer("k", k, 1, self.settings.n // 2)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "second-moment":

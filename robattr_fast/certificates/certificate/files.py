@@ -24,6 +24,9 @@ CHECKPOINT = "checkpoint."
 
 _BLANK = "0" * 64
 
+_MANIFEST = "manifest"
+"""Tensor that holds the manifest, uint8 of its JSON, where a header has no room for it: many images have long ones."""
+
 
 def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
     """Writes tensors and manifest to `path`, atomically.
@@ -31,7 +34,11 @@ def save(path: str | os.PathLike, tensors: dict[str, torch.Tensor], manifest: di
     Raises ValueError if the manifest is longer than a header may be, OSError if the file cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "manifest": json.dumps(manifest, allow_nan=False), "sha256": _BLANK}
+    text = json.dumps(manifest, allow_nan=False)
+    if len(text) > MAX_HEADER // 2:
+        tensors[_MANIFEST] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        text = ""
+    metadata = {"format": FORMAT, "manifest": text, "sha256": _BLANK}
     data = _in_order(safetensors.torch.save(tensors, metadata))
     header = int.from_bytes(data[:8], "little")
     if header > MAX_HEADER:
@@ -84,7 +91,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise fault("checksum does not match: the file is damaged")
     try:
         tensors = safetensors.torch.load(data)
-        manifest = json.loads(manifest)
+        held = tensors.pop(_MANIFEST, None)
+        manifest = json.loads(manifest if held is None else held.numpy().tobytes())
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise fault(f"contents cannot be read: {error}") from error
     if not isinstance(manifest, dict):

@@ -9,7 +9,8 @@ import torch
 from robattr_fast.certificates.settings import Settings
 from robattr_fast.model import perceptron
 from robattr_fast.ops.mlp_smoothgrad import Layers, Noise, add
-from robattr_fast.sampling.sampler import Sampler, Segment
+from robattr_fast.sampling.batch import Segment
+from robattr_fast.sampling.sampler import Sampler
 
 LARGEST_BATCH = 8192
 """Samples per call where the batch size is chosen: programs enough to fill any device, 4 n bytes of scores each."""

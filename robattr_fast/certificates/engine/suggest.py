@@ -31,8 +31,9 @@ from robattr_fast.certificates.settings import Settings
 from robattr_fast.certificates.theorems.bounds import check_bound
 from robattr_fast.ops import _check
 from robattr_fast.ops.packed_gram import packed_gram
-from robattr_fast.sampling.arguments import check_explain, check_image_ids, check_images, check_target
-from robattr_fast.sampling.sampler import Sampler, Segment
+from robattr_fast.sampling.batch import Segment
+from robattr_fast.sampling.map import Map, Stream
+from robattr_fast.sampling.sampler import Sampler, prepared
 
 _LAST_SAMPLE = 2**32
 
@@ -148,27 +149,19 @@ def suggest(
     Raises:
         As `certify`; ValueError where no candidate is left.
     """
-    check_images(x)
-    sigma = _check.positive("sigma", sigma)
     radius = _check.positive("radius", radius)
-    _check.integer("pilot", pilot, 8, 8192)
-    _check.integer("samples", samples, 2, 2**31 - 1)
-    _check.integer("retain", retain, 4, 8192)
+    pilot = _check.integer("pilot", pilot, 8, 8192)
+    samples = _check.integer("samples", samples, 2, 2**31 - 1)
+    retain = _check.integer("retain", retain, 4, 8192)
     maps = _combinations(taus, gammas, levels)
-    check_explain(explain, channel_sum, x)
     for _, _, number in maps:
         check_bound(bound, number)
-    classes_wanted = check_target(target, x)
-    ids = check_image_ids(image_ids, x)
+    scored = Map.checked(x, sigma=sigma, explain=explain, target=target, channel_sum=channel_sum)
+    stream = Stream.checked(x, seed, image_ids)
     wanted = [
-        Settings(
-            sigma=sigma,
-            shape=tuple(x.shape[2:] if channel_sum else x.shape[1:]),
-            levels=number,
-            tau=tau,
-            gamma=gamma,
-            channel_sum=channel_sum,
-            explain=explain if isinstance(explain, str) else None,
+        Settings.of_map(
+            dataclasses.replace(scored, tau=tau, gamma=gamma, levels=number, target=None),
+            x,
             planned_samples=(samples,),
             alpha=alpha,
             bound=bound,
@@ -179,16 +172,13 @@ def suggest(
         )
         for tau, gamma, number in maps
     ]
-    _check.integer("k", k, 1, wanted[0].n // 2)
+    k = _check.integer("k", k, 1, wanted[0].n // 2)
 
-    sampler = Sampler(
-        _model.private_copy(model), x, sigma=sigma, target=classes_wanted, explain=explain, seed=seed, image_ids=ids
-    )
-    classes = sampler.prepare()
+    sampler = prepared(model, x, scored, stream)
     sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
     found: list[list[_Expected]] = [[] for _ in maps]
     for image in range(x.shape[0]):
-        for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot, classes), strict=True):
+        for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot), strict=True):
             row.append(_expected(seen, settings))
     candidates = sorted(
         (_judged(row, settings, k, radius) for row, settings in zip(found, wanted, strict=True)),
@@ -224,7 +214,7 @@ def _combinations(
     """All (tau, gamma, levels) that make sense, once each. gamma=tau leaves two values, whatever the levels."""
     maps: dict[tuple[float, float | None, int], None] = {}
     for number in levels:
-        _check.integer("levels", number, 1, 15)
+        number = _check.integer("levels", number, 1, 15)
         for tau in taus:
             _check.fractions(tau, None)
             for gamma in (None,) if number == 1 else gammas:
@@ -242,15 +232,16 @@ def _combinations(
     return list(maps)
 
 
-def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int, classes: int) -> list[Certificate]:
+def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int) -> list[Certificate]:
     """The pilot samples of one image as every candidate counts them."""
     first_sample = _LAST_SAMPLE - pilot
     states = [
         State(
             dataclasses.replace(settings, planned_samples=(pilot,), retain=pilot if settings.second_moment else 0),
             1,
-            classes,
+            sampler.classes,
             sampler.x.device,
+            first_sample=first_sample,
             keep_samples=settings.second_moment,
         )
         for settings in wanted
@@ -260,8 +251,8 @@ def _pilot(sampler: Sampler, image: int, wanted: Sequence[Settings], pilot: int,
         for scored in sampler.run([Segment(image, first_sample + done, count)]):
             alone = dataclasses.replace(scored, segment=dataclasses.replace(scored.segment, image=0))
             for state in states:
-                state.add(alone, first_sample)
-    return [state.certificate(first_sample, sampler.batch_size) for state in states]
+                state.add(alone)
+    return [state.certificate(sampler.batch_size) for state in states]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,8 +141,8 @@ def summarize_deflated(
     eigenvalue: an upper bound on those of the empirical covariance of the W h, where there is one (`Scatter`).
     """
     rows = len(gram)
-    # Coordinates are no longer than the maps, so that the same bound holds for the rounding of either part.
-    entry_error = 4 * rounding_of(gram, levels)
+    # Coordinates are no longer than the maps, and off by less than 200 eps of that (docs/certificates.md, Rounding).
+    entry_error = 80 * rounding_of(gram, levels)
     about = coordinates - coordinates.mean(0)
     shrunk = about * torch.tensor([1 - square for square in squares], dtype=torch.float64)
     # Symmetric but for rounding, which the error of an entry contains.

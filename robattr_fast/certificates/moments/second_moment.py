@@ -250,7 +250,8 @@ def _divergence(ratio: float) -> float:
 def _cosine(distance: float, norm: float) -> float:
     if not distance < norm:
         return 0.0
-    return math.sqrt(1 - (distance / norm) ** 2) * (1 - 4 * _EPS)
+    # As a product it keeps its digits where the distance comes near the norm.
+    return math.sqrt((norm - distance) * (norm + distance)) / norm * (1 - 4 * _EPS)
 
 
 def _check_radius(radius: float) -> None:

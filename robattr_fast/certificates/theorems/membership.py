@@ -35,7 +35,7 @@ def membership(lower: torch.Tensor, upper: torch.Tensor, k: int, sigma: float) -
     Raises:
         ValueError: k out of range.
     """
-    _check.integer("k", k, 1, lower.shape[-1] - 1)
+    k = _check.integer("k", k, 1, lower.shape[-1] - 1)
     low, high = ndtri(lower.double()), ndtri(upper.double())
     rival = high.topk(k + 1, dim=-1).values[..., -1:]
     bar = low.topk(k, dim=-1).values[..., -1:]

@@ -15,6 +15,7 @@ from torch import nn
 
 from robattr_fast import model as _model
 from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.counting import Eager
 from robattr_fast.certificates.engine.environment import differences
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.certificates.moments.summary import Summary
@@ -24,7 +25,9 @@ from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._select import selected
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
-from robattr_fast.sampling.sampler import Sampler, Segment, next_batch
+from robattr_fast.sampling.batch import Segment, next_batch
+from robattr_fast.sampling.map import Stream
+from robattr_fast.sampling.sampler import Sampler, prepared
 
 FALSE_ALARM = 1e-3
 """Probability, over the choice of the replayed samples, that a true certificate is found at fault."""
@@ -89,7 +92,7 @@ def replay(
     settings = cert.settings
     total = int(cert.samples[0])
     if samples is not None:
-        _check.integer("samples", samples, 1, total)
+        samples = _check.integer("samples", samples, 1, total)
     k = max(1, settings.n // 5) if k is None else _check.integer("k", k, 1, settings.n)
     assert settings.input_hashes is not None
     faults = []
@@ -127,20 +130,10 @@ def _check_replayable(cert: Certificate) -> None:
 def _prepared(cert: Certificate, model: nn.Module, x: torch.Tensor) -> tuple[Sampler, State]:
     settings = cert.settings
     assert settings.seed is not None
-    assert settings.explain is not None
-    sampler = Sampler(
-        _model.private_copy(model),
-        x[None],
-        sigma=settings.sigma,
-        target=None if settings.target is None else torch.tensor(settings.target, device=x.device),
-        explain=settings.explain,
-        seed=settings.seed,
-        image_ids=torch.tensor(settings.image_ids),
-        autocast=_model.dtype_named(settings.autocast),
-    )
-    state = State(settings, 1, sampler.prepare(), x.device)
+    assert settings.image_ids is not None
+    sampler = prepared(model, x[None], settings.map(), Stream(settings.seed, settings.image_ids))
     sampler.set_batch_size(settings.batch_size or _BATCH_SIZE, 1, settings.memory_format)
-    return sampler, state
+    return sampler, State(settings, 1, sampler.classes, x.device)
 
 
 def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[str]:
@@ -150,10 +143,11 @@ def _compare_all(cert: Certificate, sampler: Sampler, *, exact: bool) -> list[st
     sums: dict[str, torch.Tensor] = {}
     moments = []
     for first, end in cert.settings.intervals[0]:
-        state = State(cert.settings, 1, cert.class_counts.shape[1], sampler.x.device)
+        state = State(cert.settings, 1, cert.class_counts.shape[1], sampler.x.device, first_sample=first)
+        counting = Eager(sampler, state)
         while segments := next_batch(state.done, [end - first], first, sampler.batch_size):
-            for scored in sampler.run(segments):
-                state.add(scored, first)
+            for _ in counting(segments):
+                pass
         for name in ("counts", "sums", "invalid", "class_counts"):
             if (part := getattr(state, name)) is not None:
                 sums[name] = sums.get(name, 0) + part.cpu()

