@@ -1,4 +1,4 @@
-"""What an adversary reaches beside what is certified: the attack bounds from above what the certificate does from below."""
+"""What an adversary reaches, beside what is certified: an upper and a lower bound on the same share."""
 
 from __future__ import annotations
 
@@ -183,6 +183,7 @@ def _judged(
 ) -> tuple[float, float]:
     """(share of ``top`` [n] that is left at point [1, *S], the most that can be left, but for alpha)."""
     settings = certificate.settings
+    assert settings.tau is not None  # of _check_same
     there = certify(
         model,
         point,

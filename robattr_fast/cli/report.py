@@ -16,7 +16,7 @@ from robattr_fast.errors import CertificateFileError
 from robattr_fast.files import write_atomically
 from robattr_fast.inputs import specs
 from robattr_fast.inputs.images import Preprocess
-from robattr_fast.jobs.record import find_certificates, find_image, read_record
+from robattr_fast.jobs.record import find_certificates, find_image, read_attacked, read_record
 from robattr_fast.report.page import SHARES, Entry, page
 
 
@@ -69,6 +69,7 @@ def _entries(path: Path, preprocess: Preprocess | None) -> list[Entry]:
     if faults:
         raise CertificateFileError(f"{path}: {faults[0]} (robattr-fast verify says more)")
     hashes = certs.settings.input_hashes
+    attacked = read_attacked(path) if len(certs) == 1 else []
     entries = []
     for index in range(len(certs)):
         cert = certs[index]
@@ -84,6 +85,7 @@ def _entries(path: Path, preprocess: Preprocess | None) -> list[Entry]:
                 image=image,
                 class_name=record.row.get("class_name", ""),
                 remarks=() if image is not None else (missing,),
+                attacked=attacked,
             )
         )
     return entries

@@ -17,6 +17,8 @@ from robattr_fast.inputs import images
 
 MANIFEST, TABLE = "manifest.json", "certificates.tsv"
 CERTIFICATE, CHECKPOINT = ".safetensors", ".checkpoint"
+ATTACKED = ".attacked.tsv"
+"""What an attack left of the certified top set, beside the certificate."""
 
 # The parts of a photograph that models are commonly shown, as shares of its shorter side.
 _CROPS = (1.0, 224 / 256)
@@ -34,6 +36,22 @@ def find_certificates(paths: Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"{path}: no certificate here" if path.is_dir() else f"{path}: no such file")
         found |= dict.fromkeys(files)
     return list(found)
+
+
+def read_attacked(path: Path) -> list[tuple[int, float, float]]:
+    """(k, radius, share that was left) per row of the attack beside a certificate; none without one.
+
+    Raises CertificateFileError if there is one that cannot be read.
+    """
+    beside = path.with_name(f"{path.stem}{ATTACKED}")
+    if not beside.exists():
+        return []
+    try:
+        with beside.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, delimiter="\t")
+            return [(int(row["k"]), float(row["radius"]), float(row["attacked"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CertificateFileError(f"{beside}: not what robattr-fast attack writes ({error})") from error
 
 
 @dataclass(frozen=True)
