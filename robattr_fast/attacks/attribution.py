@@ -27,6 +27,7 @@ from robattr_fast.attacks.objectives import Measured, Objective, State
 from robattr_fast.attacks.surrogate import Softplus, Surrogate, corners
 from robattr_fast.attributions.contract import recording
 from robattr_fast.errors import ModelError, NonFiniteError
+from robattr_fast.model.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.sampling.arguments import check_images, check_target
 
@@ -214,14 +215,18 @@ class AttributionPGD:
         self.ball.check(images)
         with recording():
             x = images.detach().clone()
-            model = _model.private_copy(self.model)
+            true = _model.private_copy(self.model)
+            # A callable may look at the model's layers: it gets them as they are.
+            fast = true
+            if self.explained.folds:
+                fast, _ = fold_batchnorm(_model.private_copy(self.model), x[:2])
             rows = self._batch_size or _ROWS.get(x.device.type, _ROWS_ELSEWHERE)
             plan = replace(self.plan, batch_size=1 if self.explained.noisy else rows)
             at_once = max(1, _GROUP * rows // plan.restarts)
             target = check_target(None if labels is None else labels, x)
             parts = [
                 self._group(
-                    model,
+                    (true, fast),
                     x[first : first + at_once],
                     None if target is None else target[first : first + at_once],
                     plan,
@@ -234,7 +239,7 @@ class AttributionPGD:
 
     def _group(
         self,
-        model: nn.Module,
+        models: tuple[nn.Module, nn.Module],
         x: torch.Tensor,
         target: torch.Tensor | None,
         plan: Plan,
@@ -243,7 +248,7 @@ class AttributionPGD:
     ) -> AttackResult:
         """Images from ``first`` on."""
         ids = image_ids(x)
-        maps = _Maps(self, model, x, target, plan.batch_size, first)
+        maps = _Maps(self, models, x, target, plan.batch_size, first)
         if isinstance(plan.start, torch.Tensor):
             if plan.start.shape[1:] != x.shape[1:]:
                 raise ValueError(f"start: got shape {tuple(plan.start.shape)}, expected that of the images")
@@ -278,21 +283,26 @@ def _joined(values: list[Any]) -> Any:
 
 
 class _Maps:
-    """The maps of some images and of points around them, as a problem for `ascend`."""
+    """The maps of some images and of points around them, as a problem for `ascend`.
+
+    models: the one that is attacked, which makes the maps and predictions of the result, and one of the same function
+    that the ascent uses: with BatchNorm folded, whose second derivative is dear.
+    """
 
     def __init__(
         self,
         attack: AttributionPGD,
-        model: nn.Module,
+        models: tuple[nn.Module, nn.Module],
         x: torch.Tensor,
         target: torch.Tensor | None,
         rows: int,
         first: int,
     ) -> None:
-        self.attack, self.model, self.x, self.rows, self.first = attack, model, x, rows, first
+        self.attack, self.x, self.rows, self.first = attack, x, rows, first
+        self.true, self.model = models
         self.objective, self.explained = attack.objective, attack.explained
         self.sign = 1.0 if self.objective.rises else -1.0
-        self.logits = self._by_rows(lambda rows: _model.forward(model, rows), x)
+        self.logits = self._by_rows(lambda rows: _model.forward(self.true, rows), x)
         _refuse_probabilities(self.logits)
         classes = self.logits.shape[1]
         if target is not None and not bool(((target >= 0) & (target < classes)).all()):
@@ -303,7 +313,7 @@ class _Maps:
         self.before = self.maps_of(x, torch.arange(len(x), device=x.device))
         self.state: State = self.objective.prepare(self.before)
         wanted = (attack.plan.steps > 0 and attack.plan.rule != "random") or attack.plan.start == "curved"
-        self.guides = self.explained.relaxed(model, x, self.target) if wanted else []
+        self.guides = self.explained.relaxed(self.model, x, self.target) if wanted else []
         self._derivative_seen = not wanted
 
     def _by_rows(self, work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -325,7 +335,7 @@ class _Maps:
         parts = []
         for block, of in zip(points.split(self.rows), images.split(self.rows), strict=True):
             target = _filled(self.target[of], self.rows)
-            maps, _ = self.explained.maps(self.model, _filled(block, self.rows), target, False, draw)
+            maps, _ = self.explained.maps(self.true, _filled(block, self.rows), target, False, draw)
             parts.append(self._finite(maps.detach(), of)[: len(block)])
         return torch.cat(parts)
 
@@ -490,7 +500,7 @@ class _Maps:
             points = torch.where(_wide(measure[image, chosen] > itself, points), points, x)
         after = self.maps_of(points, image)
         value = self.measure(after, image)
-        logits = self._by_rows(lambda rows: _model.forward(self.model, rows), points)
+        logits = self._by_rows(lambda rows: _model.forward(self.true, rows), points)
         noise = None
         if self.explained.noisy:
             noise = self.measure(self.maps_of(x, image, draw=_RETRY), image)

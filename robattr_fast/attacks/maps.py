@@ -82,6 +82,7 @@ class Explained:
         noisy: the attribution is the mean over noisy samples (`robattr_fast.attributions.smoothgrad`, or its
             `magnitude`). Every step then draws its own noise, one for all images; passes are one image wide, since the
             samples of one image fill them.
+        folds: it needs nothing of the model but its gradients, so that layers may be folded.
     """
 
     def __init__(self, explain: Attribution) -> None:
@@ -99,6 +100,7 @@ class Explained:
             if missing:
                 raise ValueError(f"explain: got smoothgrad without {' and '.join(missing)}, expected both")
         self.single_pass = inner is explain and explain in _SINGLE_PASS
+        self.folds = self.single_pass or self.noisy
 
     def maps(
         self, model: nn.Module, points: torch.Tensor, target: torch.Tensor, create_graph: bool, draw: int = 0
