@@ -341,10 +341,54 @@ class Transformer(nn.Module):
         return self.head(attend(q, k, v).flatten(1))
 
 
+class Patches(nn.Module):
+    """A transformer of 25 patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 8, 2, stride=2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x).flatten(2).mT).mean(dim=1))
+
+
 @pytest.mark.parametrize("kernel", [False, True], ids=["sdpa", "linear_attention"])
 def test_attention(kernel):
     result = attack(Transformer(kernel).eval(), attacks.Cosine()).run(images())
     assert result.success.all()
+
+
+ATTRIBUTIONS = {
+    "magnitude": functools.partial(attributions.magnitude, explain=attributions.integrated_gradients),
+    "grad_cam": functools.partial(attributions.grad_cam, layer="0"),
+    "layer_cam": functools.partial(attributions.grad_cam, layer="0", kind="layer-cam", resize=None),
+    "noisy magnitude": functools.partial(
+        attributions.magnitude, explain=functools.partial(attributions.smoothgrad, sigma=0.1, samples=8)
+    ),
+    "many samples": functools.partial(attributions.smoothgrad, sigma=0.1, samples=80, kind="squared"),
+    "vargrad": functools.partial(attributions.smoothgrad, sigma=0.1, samples=8, kind="vargrad"),
+}
+
+
+@pytest.mark.parametrize("explain", ATTRIBUTIONS.values(), ids=ATTRIBUTIONS)
+def test_other_attributions(explain):
+    model, x = relu_net(), images(2)
+    result = attack(model, attacks.Distance(), explain=explain, steps=3, restarts=1).run(x)
+    assert result.success.all()
+    expected = explain(model, result.images, model(x).argmax(1))
+    torch.testing.assert_close(result.after, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["attention", "rollout", "gradient_rollout"])
+def test_attributions_of_attention(kind):
+    torch.manual_seed(6)
+    explain = functools.partial(getattr(attributions, kind), resize=None)
+    result = attack(Patches().eval(), attacks.Distance(), explain=explain, steps=3, restarts=1).run(images(2))
+    assert result.success.all()
+    assert result.after.shape == (2, 5, 5)
 
 
 class NoSecondDerivative(torch.autograd.Function):

@@ -78,7 +78,7 @@ function show() {
       path.setAttribute("d", counts ? staircase(counts, set.k) : "");
     });
     part("attacked").replaceChildren(...set.attacked.map(([at, left]) => {
-      const circle = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+      const circle = document.createElementNS(part("attacked").namespaceURI, "circle");
       const values = { class: "attacked", r: 4, cx: x(at / page.radii[1]), cy: y(left) };
       Object.entries(values).forEach(([name, value]) => circle.setAttribute(name, value));
       return circle;
