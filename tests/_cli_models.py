@@ -61,3 +61,24 @@ def counting():
 
 def passes():
     return _Counting.passes
+
+
+def fixed_size():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 10, 5)).eval()
+
+
+class _Roughness(nn.Module):
+    """Class 1 where neighbours differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 120).view(10, 12))
+
+    def forward(self, x):
+        rough = (self.weight[:, 1:] * (x[:, 0, :, 1:] - x[:, 0, :, :-1]).abs()).mean((1, 2))
+        return torch.stack([0.05 + 0 * rough, rough], 1)
+
+
+def roughness():
+    return _Roughness().eval()

@@ -54,6 +54,11 @@ if INTERPRETED:
     _interpreter.hasten()
 
 
+def larger_interpreted(test):
+    """Leaves a test to `make test-all` in the interpreter, which takes seconds for it."""
+    return pytest.mark.slow(test) if INTERPRETED else test
+
+
 # For cases that take the interpreter seconds.
 FEWER_DTYPES = [torch.float32, torch.bfloat16, *larger(torch.float64, torch.float16, when=INTERPRETED)]
 

@@ -7,7 +7,9 @@ import torch
 from _attention_models import Attention
 from torch import nn
 
-from robattr_fast.nn import attention_maps, kernelize
+from robattr_fast.errors import ModelError
+from robattr_fast.nn import attention_maps, kernelize, maps_and_gradients
+from robattr_fast.nn.attention import projected
 
 B, H, ROWS, KEYS, WIDTH = 2, 2, 5, 7, 8
 
@@ -167,3 +169,36 @@ def test_a_copy_of_a_kernelized_model_has_the_same_maps():
     ours, copied = (attention_maps(m, x) for m in (model, copy.deepcopy(model)))
     for name, weights in ours.items():
         assert torch.equal(weights, copied[name])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_maps_where_rows_see_nothing(form):
+    """Against attention written out, with weights that can be differentiated."""
+    torch.manual_seed(1)
+    width = {name: WIDTH for name in ("kdim", "vdim") if name in FORMS[form]}
+    attention = nn.MultiheadAttention(WIDTH, H, **({"batch_first": True} | FORMS[form] | width)).double()
+    mask = MASKS["rows that see nothing"]["attn_mask"][:, :ROWS]
+
+    class Self(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    x = torch.rand(B, ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(B, ROWS, WIDTH, dtype=torch.float64)
+    x, weight = (x, weight) if attention.batch_first else (x.transpose(0, 1), weight.transpose(0, 1))
+    if form == "extra keys":
+        with pytest.raises(ModelError, match="no token"):
+            maps_and_gradients(Self().eval(), x, lambda out: out * weight)
+        return
+    maps, gradients = maps_and_gradients(Self().eval(), x, lambda out: out * weight)
+    (a,), (found,) = (list(each.values()) for each in (maps, gradients))
+    _, _, v = projected(attention, *[x if attention.batch_first else x.transpose(0, 1)] * 3)
+    a = a.detach().requires_grad_()
+    out = attention.out_proj((a @ v).transpose(1, 2).flatten(2))
+    (expected,) = torch.autograd.grad((out * (weight if attention.batch_first else weight.transpose(0, 1))).sum(), a)
+    torch.testing.assert_close(found, expected)
+    assert found.isfinite().all()

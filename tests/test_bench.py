@@ -189,6 +189,7 @@ def test_peers_of_attention_compute_the_same_derivatives(causal):
         sides.attend_by_sums(*given[:3], causal=True)
 
 
+@pytest.mark.slow
 def test_the_pace_of_certify():
     """Slow enough for two reports; cut off on the way; the next round goes on in the stream with the same batches."""
     start = time.perf_counter()
@@ -267,6 +268,7 @@ def test_records_are_added_to_a_file(tmp_path):
         assert len(records.read(path)) == count
 
 
+@pytest.mark.slow
 def test_no_figure_on_a_red_gate(tmp_path, monkeypatch):
     monkeypatch.setattr(Process, "gate", lambda self, gate, spec: "it computes something else")
     monkeypatch.setattr(Process, "prepare", lambda *a: pytest.fail("nothing may be measured"))
@@ -289,6 +291,7 @@ def test_the_command_shows_no_figure_on_a_red_gate(monkeypatch):
     assert "ns per element" not in answer.output
 
 
+@pytest.mark.slow
 def test_errors_come_from_the_other_process():
     with Process(threads=1) as process:
         with pytest.raises(SideError, match="KeyError"):
@@ -362,6 +365,7 @@ def at_looks(tmp_path_factory):
     return folder, certificates.make(folder, "digit", MODEL, IMAGE[0], planned=1024)
 
 
+@pytest.mark.slow
 def test_certificates_at_looks_are_those_of_certify(at_looks):
     folder, made = at_looks
     assert list(made) == certificates.looks(1024)
@@ -386,6 +390,7 @@ def test_certificates_at_looks_are_those_of_certify(at_looks):
         assert certificates.overlaps(same) == certificates.overlaps(cert)
 
 
+@pytest.mark.slow
 def test_certificates_are_found_again(at_looks, tmp_path):
     folder, made = at_looks
     assert list(certificates.find(folder, MODEL, IMAGE[0])) == list(made)

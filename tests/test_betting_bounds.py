@@ -40,7 +40,9 @@ def defined_log_wealth(counts: np.ndarray, samples: int, mean: np.longdouble) ->
 
 
 @pytest.mark.parametrize("levels", [*larger(1, 3, when=INTERPRETED), 15])
-@pytest.mark.parametrize(("samples", "delta"), [(1, 0.4), (64, 1e-2), (8192, 1e-7), (65536, 0.05 / 301056)])
+@pytest.mark.parametrize(
+    ("samples", "delta"), [(1, 0.4), *larger((64, 1e-2), (8192, 1e-7), when=INTERPRETED), (65536, 0.05 / 301056)]
+)
 def test_the_root_is_exact_and_rounded_outwards(backend, levels, samples, delta):
     counts = random_counts(40, levels, samples)
     lower, upper = betting_bounds(counts, samples, delta)

@@ -20,9 +20,11 @@ from robattr_fast import BackendError, Certificate, Progress, backends, machine
 from robattr_fast.certificates import certify
 from robattr_fast.cli import app as cli_app
 from robattr_fast.cli import certify as cli_certify
+from robattr_fast.cli import results as cli_results
 from robattr_fast.cli.progress import SampleProgress
 from robattr_fast.inputs import images
-from robattr_fast.jobs import results
+from robattr_fast.jobs import job, results
+from robattr_fast.report import rounding
 
 pytestmark = pytest.mark.wheel
 
@@ -141,7 +143,7 @@ def test_certify_writes_what_the_library_says(folder):
     for radius in (0.001, 0.02):
         share = float(row[f"overlap@{radius:g}"])
         assert share == float(wanted.overlap(k, radius).share)
-        assert results.percent(share) in result.stdout
+        assert rounding.percent(share) in result.stdout
         assert row[f"method@{radius:g}"] == str(wanted.overlap(k, radius).method[0])
         assert float(row[f"cosine@{radius:g}"]) == float(wanted.cosine(radius))
     assert float(row["overlap@0.001"]) > 0
@@ -156,7 +158,7 @@ def test_second_moments_are_shown_and_can_be_left_out(folder):
     assert cert.settings.retain == 300
     assert cert.gram_summary[0, :2].tolist() == [512, 2]  # rows and blocks
     assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert f"cos {results.rounded_cosine(float(row['cosine@0.1']))}" in shown.stdout
+    assert f"cos {rounding.rounded_cosine(float(row['cosine@0.1']))}" in shown.stdout
 
     hidden = run(*options, "--no-second-moment", samples=512)
     assert hidden.exit_code == 0, hidden.output
@@ -171,17 +173,19 @@ def test_second_moments_are_shown_and_can_be_left_out(folder):
 def test_the_table_tells_which_method_won(folder):
     assert run("photo.png", samples=512).exit_code == 0
     cert, radii = Certificate.load("out/photo.safetensors"), [0.01, 0.1]
-    run_results = results.Results(folder / "out", {"k": 0.2}, radii, torch.device("cpu"))
+    run_results = results.Results(None, {"k": 0.2, "radius": radii}, {})
     row = results.Row.of(cert, results.label(cert, None), 72, radii, name="photo")
     run_results.rows.append(dataclasses.replace(row, shares=[0.5, 0.25], methods=["marginal", "second-moment"]))
     console = Console(file=io.StringIO(), width=80)
-    console.print(run_results.table())
+    cli_results.table(run_results).print(console)
     title, head, shares, cosines = console.file.getvalue().splitlines()
     assert shares.split()[1:6] == ["50.0", "%", "25.0", "%", "*"]
-    assert cosines.split() == [word for at in radii for word in ("cos", results.rounded_cosine(float(cert.cosine(at))))]
+    assert cosines.split() == [
+        word for at in radii for word in ("cos", rounding.rounded_cosine(float(cert.cosine(at))))
+    ]
     assert "class certified to" in head
     assert title.startswith("Share of the top 20 %")
-    assert "* by second moments" in run_results.footnote()
+    assert "* by second moments" in cli_results.notes(run_results)[0]
     row = run_results.rows[0].tsv(radii)
     assert (row["method@0.01"], row["method@0.1"]) == ("marginal", "second-moment")
 
@@ -248,7 +252,7 @@ def test_gigantic_image(folder, monkeypatch):
         (["--target", 5], "target"),
         (["--threads", 0], "threads"),
         (["--size", 0], "size"),
-        (["--device", "tpu"], "device: got 'tpu', takes cpu or cuda"),
+        (["--device", "tpu"], "device: got 'tpu', expected cpu or cuda"),
         (["--samples", 0], "samples"),
         (["--retain", 3], "retain"),
         (["--batch-size", "many"], "batch-size: got 'many'"),
@@ -293,7 +297,7 @@ def no_work(*arguments, **options):
 @pytest.mark.parametrize("out", ["photo.png", "photo.png/below", "/proc/robattr"])
 @pytest.mark.usefixtures("folder")
 def test_output_folder_that_cannot_be_made(out, monkeypatch):
-    monkeypatch.setattr(cli_certify.specs, "load", no_work)
+    monkeypatch.setattr(job.specs, "load", no_work)
     refused(run("photo.png", "--out", out), f"out: cannot write to {out}")
 
 
@@ -305,7 +309,7 @@ def test_inputs_are_never_overwritten(folder):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder; /proc stands for it above")
 def test_read_only_output_folder(folder, monkeypatch):
-    monkeypatch.setattr(cli_certify.specs, "load", no_work)
+    monkeypatch.setattr(job.specs, "load", no_work)
     (folder / "locked").mkdir(mode=0o500)
     refused(run("photo.png", "--out", "locked"), "out: cannot write to locked")
 
@@ -333,7 +337,7 @@ def test_ctrl_c_leaves_a_certificate_of_what_was_sampled(folder):
     ("share", "text"), [(0.0, "0.0 %"), (1.0, "100.0 %"), (0.36, "36.0 %"), (0.57, "57.0 %"), (0.47999, "47.9 %")]
 )
 def test_percent_rounds_down(share, text):
-    assert results.percent(share) == text
+    assert rounding.percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -341,13 +345,29 @@ def test_percent_rounds_down(share, text):
     [(0.0, "0"), (0.10769, "0.107"), (0.1, "0.100"), (12.39, "12.3"), (4567.0, "4560"), (0.00123456, "0.00123")],
 )
 def test_radius_rounds_down(value, text):
-    assert results.radius(value) == text
-    assert results.radius(float("inf")) == "any"
+    assert rounding.radius(value) == text
+    assert rounding.radius(float("inf")) == "any"
+
+
+@pytest.mark.parametrize(("radius", "values"), [(0.0, 0), (1 / 255, 1), (2 / 255, 4), (0.06, 234), (0.0039, 0)])
+def test_a_radius_as_grey_levels(radius, values):
+    """Within the radius, and one more would leave it."""
+    assert rounding.grey_levels(radius) == values
+    assert (values / 255**2) ** 0.5 <= radius + 1e-12 < ((values + 1) / 255**2) ** 0.5 + 1e-9
+
+
+def test_a_radius_as_psnr():
+    x = torch.rand(3, 5, 7, dtype=torch.float64)
+    noise = torch.randn_like(x)
+    noise *= 0.02 / noise.norm()
+    assert rounding.psnr(0.02, x.numel()) == pytest.approx(-10 * float((noise**2).mean().log10()))
+    assert rounding.rounded_psnr(rounding.psnr(0.02, 105)) == "54.1 dB"
+    assert rounding.rounded_psnr(rounding.psnr(0, 105)) == "any"
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.98799, ".987"), (0.9996, ".999"), (0.05, ".050"), (1.0, "1.000")])
 def test_cosine_rounds_down(value, text):
-    assert results.rounded_cosine(value) == text
+    assert rounding.rounded_cosine(value) == text
 
 
 def test_doctor_tells_and_fails(monkeypatch):
@@ -406,8 +426,7 @@ def test_demo(folder):
         assert picture.size[0] == 1600
 
 
-def test_progress_on_a_terminal(monkeypatch):
-    monkeypatch.setattr("robattr_fast.cli.progress._FIRST_LOOK", 0.0)
+def test_progress_on_a_terminal():
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     cert = Certificate.from_counts(
         torch.full((1, 10, 1), 500, dtype=torch.int32) * (torch.arange(10) < 3)[:, None], 500, sigma=1
@@ -418,8 +437,8 @@ def test_progress_on_a_terminal(monkeypatch):
         looks.append(1)
         return cert
 
-    with SampleProgress(console, images=4) as progress:
-        tell = progress.images([(1, "photo")], 1000, k_share=0.3, radius=0.1)
+    with SampleProgress(console, clock=iter(range(0, 1000, 3)).__next__) as progress:
+        tell = progress.images([(1, "photo")], 4, 1000, k=3, radius=0.1)
         for samples in (250, 500):
             tell(Progress(0, 1, samples, 1000, so_far))
         progress._bar.refresh()
@@ -432,8 +451,8 @@ def test_progress_on_a_terminal(monkeypatch):
 
 def test_no_progress_off_a_terminal():
     console = Console(file=io.StringIO())
-    with SampleProgress(console, images=1) as progress:
-        assert progress.images([(0, "photo")], 1000, k_share=0.3, radius=0.1) is False
+    with SampleProgress(console) as progress:
+        assert progress.images([(0, "photo")], 1, 1000, k=3, radius=0.1) is False
     assert console.file.getvalue() == ""
 
 

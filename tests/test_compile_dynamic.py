@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _larger import larger
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -73,8 +74,17 @@ CASES = {
 
 FRACTIONS = {"linear_attention, eps", "noisy_samples", "sparsify", "soft_topk", "count_sparsified_", "betting_bounds"}
 
+QUICK = [
+    "linear_attention",
+    "kernelized encoder",
+    "noisy_samples",
+    "topk_threshold",
+    "sparsify to levels",
+    "betting_bounds",
+]
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", [*QUICK, *larger(*(name for name in CASES if name not in QUICK))])
 def test_sizes_vary_in_one_graph(name):
     """Values and gradients, through AOTAutograd; a fraction that varies may take another graph, but no other value."""
     torch._dynamo.reset()

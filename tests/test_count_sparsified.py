@@ -15,6 +15,7 @@ from _operators import (
     ROW,
     backend,
     examples,
+    larger_interpreted,
     make_row,
     sorted_levels,
     takes_views,
@@ -93,7 +94,7 @@ def samples_of_two_programs(backend):
     return 5 if backend == ON_HOST else 9
 
 
-@pytest.mark.parametrize("levels", [1, 4, 15])
+@pytest.mark.parametrize("levels", [1, 4, *larger(15, when=INTERPRETED)])
 @pytest.mark.parametrize("dtype", FEWER_DTYPES)
 def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
     scores = torch.randn(2, samples_of_two_programs(backend), 3 * ROW).to(dtype)
@@ -115,6 +116,7 @@ def test_is_the_sum_of_sparsified_maps(backend, levels, dtype):
     dtype=st.sampled_from([np.float32, np.float64]),
 )
 @examples(100)
+@larger_interpreted
 def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype):
     rows = [[make_row(kind, n, dtype, seed=17 * b + j) for j, kind in enumerate(kinds)] for b in range(batch)]
     scores = np.array(rows)
@@ -125,7 +127,7 @@ def test_packed_against_sort(backend, kinds, n, batch, tau, ratio, levels, dtype
     assert torch.equal(invalid, unpacked_invalid)
 
 
-@pytest.mark.parametrize("levels", [1, *larger(2, 4), 15])
+@pytest.mark.parametrize("levels", [*larger(1, when=INTERPRETED), *larger(2, 4), 15])
 @pytest.mark.parametrize("dtype", FEWER_DTYPES)
 @pytest.mark.parametrize("n", [1, *larger(3 * ROW), 3 * ROW + 1])
 def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
@@ -142,6 +144,7 @@ def test_packed_is_the_packed_sparsified_map(backend, n, levels, dtype):
 
 
 @pytest.mark.parametrize("levels", [1, 15])
+@larger_interpreted
 def test_packed_real_size(backend, levels):
     scores = torch.stack([torch.from_numpy(make_row(kind, LONG_ROW, seed=3)) for kind in LONG_KINDS])[None]
     assert torch.equal(pack(scores, 0.1, 0.02, levels)[2], expected_packed(scores.numpy(), 0.1, 0.02, levels))
@@ -156,7 +159,7 @@ def test_packed_into_part_of_a_buffer(backend):
     assert buffer[7:].eq(255).all()
 
 
-@pytest.mark.parametrize("levels", [1, 15])
+@pytest.mark.parametrize("levels", [*larger(1, when=INTERPRETED), 15])
 def test_real_size(backend, levels):
     scores = torch.stack([torch.from_numpy(make_row(kind, LONG_ROW, seed=3)) for kind in LONG_KINDS])[None]
     counts, invalid = count(scores, 0.1, 0.02, levels)
@@ -168,7 +171,7 @@ def test_real_size(backend, levels):
 def test_more_rows_than_one_wave(backend, monkeypatch):
     if backend.startswith("triton"):
         monkeypatch.setattr("robattr_fast.kernels.count_sparsified._IMAGES", 2)
-    samples = 70 if INTERPRETED or backend == ON_HOST else 700
+    samples = 40 if INTERPRETED else 70 if backend == ON_HOST else 700
     scores = torch.rand(3, samples, 100)
     counts, _, packed = pack(scores, 1.0, 0.1, 3)
     level = torch.round(rf.sparsify(scores, 1.0, 0.1, levels=3) * 3).to(torch.uint8)

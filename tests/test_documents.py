@@ -32,6 +32,7 @@ PAGES = [
     "docs/attacks.md",
     "docs/attention.md",
     "docs/attributions.md",
+    "docs/folders.md",
     "docs/integrations.md",
 ]
 

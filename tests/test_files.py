@@ -104,7 +104,7 @@ def test_any_truncation_and_any_addition_is_noticed(saved):
         with pytest.raises(CertificateFileError, match=r"a\.safetensors"):
             Certificate.load(saved)
     saved.write_bytes(data + b"\0")
-    with pytest.raises(CertificateFileError, match="checksum"):
+    with pytest.raises(CertificateFileError, match="damaged"):
         Certificate.load(saved)
 
 
@@ -123,9 +123,9 @@ def test_header_that_is_no_manifest(saved, header):
 
 
 def test_manifest_too_long_for_a_header(tmp_path):
-    with pytest.raises(ValueError, match="fewer images"):
-        files.save(tmp_path / "a", {"samples": torch.tensor([1])}, {"x": "y" * files.MAX_HEADER})
-    assert list(tmp_path.iterdir()) == []
+    manifest = {"x": "y" * files.MAX_HEADER}
+    files.save(tmp_path / "a", {"samples": torch.tensor([1])}, manifest)
+    assert files.load(tmp_path / "a") == ({"samples": torch.tensor([1])}, manifest)
 
 
 def rewrite(path, tensors=None, manifest=None, *, drop=()) -> None:

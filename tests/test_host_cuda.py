@@ -105,7 +105,7 @@ def test_thresholds_of_every_kind(machine, kind):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize(("levels", "gamma"), [(1, None), (15, 0.02), (4, None)])
+@pytest.mark.parametrize(("levels", "gamma"), [(15, 0.02), *larger((1, None), (4, None))])
 def test_counts_and_packed_levels_of_every_kind(machine, kind, levels, gamma):
     scores = torch.from_numpy(np.stack([make_row(kind, 1500, seed=seed) for seed in range(3)])).view(1, 3, 1500)
     expected, expected_invalid = expected_counts(scores.numpy(), 0.1, gamma, levels)
@@ -190,8 +190,9 @@ def test_real_size_on_a_cluster_of_eight(machine):
     np.testing.assert_array_equal(counts.numpy(), expected_counts(scores.numpy(), 0.1, None, 1)[0])
 
 
-@pytest.mark.parametrize("clusters", [1, *larger(3)])
-@pytest.mark.parametrize("levels", [1, *larger(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("clusters", [1, 3])
+@pytest.mark.parametrize("levels", [1, 3])
 def test_more_rows_than_a_byte_counts(machine, levels, clusters):
     scores = torch.rand(2, 260, 40)
     scores[..., :20] += 10  # an element takes the same level in every row: the lowest or the highest

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -217,3 +219,99 @@ def test_image_id_is_a_function_of_the_values():
     assert images.image_id(x.transpose(1, 2).contiguous().transpose(1, 2)) == images.image_id(x)
     x[0, 0, 0] += 1e-3
     assert images.image_id(x) != int.from_bytes(expected, "big")
+
+
+def rgba(hidden):
+    """uint8 [6, 9, 4], whose left third cannot be seen and has that colour."""
+    pixels = np.arange(6 * 9 * 4, dtype=np.uint8).reshape(6, 9, 4)
+    pixels[..., 3] = 255
+    pixels[:, :3] = (*hidden, 0)
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB key", "L key", "array", "half"])
+def test_transparent_parts_are_white_whatever_colour_they_hide(tmp_path, kind):
+    found = []
+    for index, hidden in enumerate([(0, 0, 0), (200, 10, 90)]):
+        path, pixels = tmp_path / f"{index}.png", rgba(hidden)
+        image = Image.fromarray(pixels)
+        if kind == "LA":
+            image.convert("LA").save(path)
+        elif kind == "P":
+            image = Image.fromarray(pixels[..., :3]).quantize(64)
+            image.save(path, transparency=image.getpixel((0, 0)))
+        elif kind == "RGB key":
+            image.convert("RGB").save(path, transparency=hidden)
+        elif kind == "L key":
+            image = image.convert("L")
+            image.save(path, transparency=image.getpixel((0, 0)))
+        elif kind == "array":
+            path = path.with_suffix(".npy")
+            np.save(path, pixels)
+        else:
+            if kind == "half":
+                pixels[:, :3] = (0, 0, 0, 128)
+            Image.fromarray(pixels).save(path)
+        found.append(images.read(path, images.to_tensor))
+    seen = found[0][:, :, :3]
+    if kind == "half":
+        assert seen.unique().tolist() == pytest.approx([127 / 255])
+    else:
+        assert torch.equal(seen, torch.ones_like(seen))
+    if kind != "L key":  # there the visible part holds the hidden grey too
+        assert torch.equal(found[0][:, :, :3], found[1][:, :, :3])
+    if kind in ("RGBA", "array"):
+        visible = torch.from_numpy(rgba((0, 0, 0))[:, 3:, :3].copy()).permute(2, 0, 1).float() / 255
+        assert torch.equal(found[0][:, :, 3:], visible)
+
+
+def png16(colour, channels):
+    """A PNG of 4 x 4 pixels with 16 bits per channel, which Pillow cannot write."""
+    rows = b"".join(b"\0" + np.arange(4 * channels, dtype=">u2").tobytes() for _ in range(4))
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grey.png", png16(0, 1)),
+        ("rgb.png", png16(2, 3)),
+        ("grey_alpha.png", png16(4, 2)),
+        ("rgba.png", png16(6, 4)),
+        ("rgb.ppm", b"P6 2 2 65535\n" + bytes(24)),
+        ("grey.ppm", b"P5 2 2 65535\n" + bytes(8)),
+    ],
+)
+def test_16_bits_are_refused_in_every_mode(tmp_path, name, content):
+    """Pillow cuts some of them to 8 without a word."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(images.ImageError, match=rf"{name}: more than 8 bits"):
+        images.read(tmp_path / name, images.to_tensor)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, kind):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / f"a.{kind}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
+    x = images.read(path, images.to_tensor)
+    assert torch.equal(x, torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 4, 5))
+
+
+def test_many_files_of_one_stem_are_told_apart_in_linear_time(tmp_path):
+    for index in range(300):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "a.png").write_bytes(b"x")
+    (tmp_path / "a-2.png").write_bytes(b"x")
+    found = images.find([str(tmp_path / "a-2.png"), *(str(tmp_path / str(index)) for index in range(300))])
+    names = [source.name for source in found]
+    assert names[:4] == ["a-2", "a", "a-3", "a-4"]
+    assert len(set(names)) == 301

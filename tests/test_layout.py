@@ -33,7 +33,7 @@ FLOORS = [
 INSIDE = {
     "certificates": [
         {"theorems"},
-        {"ledger"},
+        {"ledger", "fields"},
         {"settings"},
         {"moments"},
         {"certificate"},

@@ -137,7 +137,7 @@ SIZES = [
     (64, 1, 256),
     (65, 256, 3),
     (197, 64, 64),
-    (130, 130, 48),
+    *larger((130, 130, 48)),
     (1025, 20, 33),
 ]
 if INTERPRETED:
@@ -145,7 +145,7 @@ if INTERPRETED:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, *larger(torch.float64)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [*larger(False, when=INTERPRETED), True])
 @pytest.mark.parametrize(("n", "width", "value_width"), SIZES)
 def test_sizes(backend, n, width, value_width, causal, dtype):
     # Of few numbers the error of one computation may be small by chance: there are more images where they are small.
@@ -174,7 +174,7 @@ def test_settings(backend, feature_map, causal, normalize, masked, dtype):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys"), [(1, 40), (40, 1)] if INTERPRETED else [(1, 100), (100, 1), (33, 70), (1030, 5)]
+    ("queries", "keys"), [*larger((1, 40)), (40, 1)] if INTERPRETED else [(1, 100), (100, 1), (33, 70), (1030, 5)]
 )
 def test_more_or_fewer_queries_than_keys(backend, queries, keys):
     # Nearly all of a single key's gradient cancels: of few of them, what is left of either side's rounding is chance.

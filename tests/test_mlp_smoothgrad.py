@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from _larger import larger
-from _operators import INTERPRETED, ON_GPU, backend_of, moved
+from _operators import INTERPRETED, ON_GPU, backend_of, larger_interpreted, moved
 from torch import nn
 
 import robattr_fast as rf
@@ -99,7 +99,9 @@ def check(got, wanted):
 
 
 @pytest.mark.parametrize("levels", [*larger(1, when=INTERPRETED), 15])
-@pytest.mark.parametrize("sizes", [(30, 4), (70, 20, 5), (130, 33, 17, 3), (1, 1, 1, 1), (64, 16, 256)])
+@pytest.mark.parametrize(
+    "sizes", [[30, 4], [130, 33, 17, 3], *larger([70, 20, 5], [1, 1, 1, 1], [64, 16, 256], when=INTERPRETED)]
+)
 def test_against_torch(backend, sizes, levels):
     model, x = integer_network(sizes), images(2, sizes[0])
     check(run(model, x, 37, 0.3, 0.1, levels), expected(model, x, 37, 0.3, 0.1, levels))
@@ -142,6 +144,7 @@ def test_ids_and_targets_of_any_stride(backend):
     check(strided, expected(model, x, 9, 0.2, None, 1, image_ids=ids.clone(), target=targets.clone()))
 
 
+@larger_interpreted
 def test_target_does_not_change_the_classes(backend):
     model, x = integer_network((40, 10, 3)), images(2, 40)
     free, told = (run(model, x, 33, 0.2, None, 1, target=t) for t in (None, torch.tensor([1, 1])))
@@ -177,7 +180,7 @@ def test_ties_that_do_not_fit_are_left_out(backend):
         assert counts[0, :, 0].tolist() == kept
 
 
-@pytest.mark.parametrize("value", [torch.nan, *larger(torch.inf, -torch.inf, when=INTERPRETED), 3e38])
+@pytest.mark.parametrize("value", [torch.nan, *larger(torch.inf, -torch.inf, 3e38, when=INTERPRETED)])
 @pytest.mark.parametrize("layer", [0, *larger(1, when=INTERPRETED), 2])
 def test_samples_that_are_not_finite(backend, layer, value):
     model, x = integer_network((40, 20, 10, 3)), images(1, 40)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from robattr_fast.certificates import Certificate
-from robattr_fast.certificates.certificate.certificate import METHODS
+from robattr_fast.certificates.certificate.statements import METHODS
 from robattr_fast.report import picture
 
 K = 20

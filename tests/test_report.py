@@ -15,6 +15,7 @@ from _photos import write_photos
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate
+from robattr_fast.certificates.certificate import files
 from robattr_fast.certificates.theorems.membership import membership
 from robattr_fast.cli.app import app
 from robattr_fast.report import entry, rounding
@@ -97,9 +98,22 @@ def test_tables_round_down(html, certs):
     for index, (share, k, cells) in enumerate(rows):
         cert, k = certs[index // len(SHARES)], int(k)
         assert float(share) == 100 * SHARES[index % len(SHARES)]
+        if not cert.overlap(k, RADII).share.any():
+            assert "colspan" in cells
+            assert "nothing certified at radius 0.01 or above: " in cells
+            continue
         *kept, half = re.findall(r"<td>(.*?)</td>", cells)
         assert kept == [rounding.percent(float(value)) for value in cert.overlap(k, RADII).share[:, 0]]
         assert half == rounding.radius(float(cert.radius(k, 0.5)))
+
+
+def test_what_a_radius_means_for_the_image(html):
+    grey = re.findall(
+        r">values that may change by one grey level of 255</th><td>(\d+)</td><td>(\d+)</td><td>(\d+)<", html
+    )
+    assert grey == [("6", "58", "234")] * 3
+    (decibels,) = re.findall(r">PSNR</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", html)  # of the one with an image
+    assert decibels == tuple(f"{math.floor(100 * math.log10(240 / at**2)) / 10:.1f} dB" for at in RADII)
 
 
 def test_nothing_but_the_page_itself(html):
@@ -151,7 +165,7 @@ def test_entries_that_cannot_be_shown(certs, change, message):
 @pytest.mark.parametrize("empty", ["entries", "shares", "radii"])
 def test_a_page_of_nothing(certs, empty):
     arguments = {"entries": [Entry("x", certs[0])], "shares": (0.2,), "radii": (0.1,), empty: ()}
-    with pytest.raises(ValueError, match="takes some of each"):
+    with pytest.raises(ValueError, match="expected some of each"):
         page(arguments.pop("entries"), **arguments)
 
 
@@ -224,20 +238,49 @@ def test_images_are_shown_only_if_they_are_the_certified_ones(folder):
         (["out", "--size", 8], "size: got one without --model"),
         (["out", "--out", "no/such.html"], "no/"),
         (["damaged.safetensors"], "damaged.safetensors"),
-        (["forged"], "certificates.tsv says overlap@0.01 1.0"),
     ],
 )
 def test_bad_usage(folder, arguments, message):
     Path("damaged.safetensors").write_bytes(Path("out/photo0.safetensors").read_bytes()[:-1])
-    shutil.copytree("out", "forged")
-    table = Path("forged/certificates.tsv")
-    lines = [line.split("\t") for line in table.read_text().splitlines()]
-    lines[1][lines[0].index("overlap@0.01")] = "1.0"
-    table.write_text("\n".join(map("\t".join, lines)) + "\n")
     result = report(*arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert not Path("report.html").exists()
+
+
+def test_what_cannot_be_shown_is_named_and_the_rest_is_shown(folder):
+    """A damaged file, one that its table contradicts, one with settings that no reader expects, and a good one."""
+    table = Path("out/certificates.tsv")
+    lines = [line.split("\t") for line in table.read_text().splitlines()]
+    lines[1][lines[0].index("overlap@0.01")] = "1.0"
+    table.write_text("\n".join(map("\t".join, lines)) + "\n")
+    Path("out/damaged.safetensors").write_bytes(Path("out/photo0.safetensors").read_bytes()[:-1])
+    tensors, settings = files.load("out/photo1.safetensors")
+    files.save("out/strange.safetensors", tensors, {**settings, "tau": "x"})
+    result = report("out")
+    assert result.exit_code == 1, result.output
+    html = Path("report.html").read_text()
+    assert len(re.findall("<article", html)) == 1
+    for name, reason in (
+        ("photo0", "certificates.tsv says overlap@0.01 1.0"),
+        ("damaged", "checksum"),
+        ("strange", ""),
+    ):
+        (line,) = (line for line in result.stderr.splitlines() if f"{name}.safetensors" in line)
+        assert reason in line
+        assert f"Left out: out/{name}.safetensors" in html
+
+
+def test_sizes_as_numbers_of_elements(folder):
+    assert report("out", "--k", 50, "--k", 0.1).exit_code == 0
+    html = Path("report.html").read_text()
+    held = data(html)
+    assert held["labels"] == ["10 %", "50"]
+    assert [one["k"] for one in held["certificates"][0]["sets"]] == [36, 50]
+    assert ">50 elements<" in html
+    result = report("out", "--k", 181)
+    assert result.exit_code == 2
+    assert "k: got 181 of the 360 elements" in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -256,8 +256,8 @@ def test_stop_rule(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stop-overlap", 0.3], "takes both"),
-        (["--stop-radius", 0.3], "takes both"),
+        (["--stop-overlap", 0.3], "expected both or none"),
+        (["--stop-radius", 0.3], "expected both or none"),
         (["--stop-overlap", 1.3, "--stop-radius", 0.3], "overlap: got 1.3"),
         (["--stop-overlap", 0.3, "--stop-radius", 0], "radius"),
         (["--stop-overlap", 0.3, "--stop-radius", 0.1, "--bound", "kl"], "early stopping takes bound='betting'"),

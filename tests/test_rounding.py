@@ -220,18 +220,17 @@ def check_costs(mean: np.ndarray, k: int) -> None:
         assert Fraction(float(bound)) >= truth * (1 - Fraction(1, 10**9)) - Fraction(1, 10**13)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_least_costs_where_newton_stops_early(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "size"), [(1017, 22), (1118, 25), (1317, 18), (2353, 19), (2423, 15)])
+def test_least_costs_where_newton_stops_early(seed: int, size: int) -> None:
     """Its iteration ends at a relative 1e-6; what is left of the slope makes the value there a lower bound."""
-    rng = np.random.default_rng(1000 + seed)
+    rng = np.random.default_rng(seed)
     n = int(rng.integers(12, 26))
     leaving = np.sort(rng.random(n) ** rng.integers(1, 9) * rng.choice([1, 10]))
     entering = np.sort(-(rng.random(n) ** rng.integers(1, 9)) * rng.choice([0.1, 0.5, 1, 2]))
-    sizes = np.arange(1, n + 1)
-    costs = least_costs(leaving, entering, sizes)
-    for s in rng.choice(sizes, 6, replace=False):
-        truth = cost(leaving[:s], -entering[:s])
-        assert truth * (1 - Fraction(1, 10**5)) - Fraction(1, 10**14) <= Fraction(float(costs[s - 1])) <= truth
+    # All sizes at once, as they were found: the last to settle decides how often the others are refined.
+    found = Fraction(float(least_costs(leaving, entering, np.arange(1, n + 1))[size - 1]))
+    truth = cost(leaving[:size], -entering[:size])
+    assert truth * (1 - Fraction(1, 10**5)) - Fraction(1, 10**14) <= found <= truth
 
 
 # Statements

@@ -16,7 +16,7 @@ from robattr_fast.certificates.moments.deflation import Deflation, summarize_def
 from robattr_fast.certificates.moments.eigenvalues import largest_eigenvalue
 from robattr_fast.certificates.moments.scatter import Scatter
 from robattr_fast.certificates.moments.summary import Summary
-from robattr_fast.cli.checks import sample_faults
+from robattr_fast.certificates.verify.counts import sample_faults
 from robattr_fast.reference import pack_levels, packed_gram
 
 TIGHT = 2e-6

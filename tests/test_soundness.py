@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import robattr_fast as rf
 from robattr_fast import model as rf_model
-from robattr_fast.certificates.certificate.certificate import METHODS
+from robattr_fast.certificates.certificate.statements import METHODS
 from robattr_fast.certificates.theorems.bounds import marginal_bounds
 from robattr_fast.metrics.overlap import top_k
 

@@ -266,6 +266,22 @@ def test_values_under_autocast(backend, name):
     same(found, expected)
 
 
+def test_definitions_called_by_themselves_under_autocast():
+    weights, biases = [rand(5, 12, seed=1), rand(3, 5, seed=2)], [rand(5, seed=3), rand(3, seed=4)]
+    tensors = [rand(2, 2, 5, 4, seed=seed) for seed in range(3)]
+    rows = reference.pack_levels((16 * rand(3, 5000)).to(torch.uint8), 15)
+
+    def results():
+        counts = torch.zeros(2, 12, 3, dtype=torch.int32)
+        classes = reference.mlp_smoothgrad(counts, rand(2, 12), weights, biases, 0.2, 7, 0.4)
+        return counts, classes, reference.packed_gram(rows, 15), reference.linear_attention(*tensors)
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    same(found, expected)
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_values_in_another_thread(backend, name):
     expected, found = VALUES[name](), []

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from _photos import write_photos
 from typer.testing import CliRunner
 
 from robattr_fast import Certificate, certify
+from robattr_fast.certificates.certificate import files
 from robattr_fast.cli.app import app
 from robattr_fast.inputs import images, specs
 from robattr_fast.report import rounding
@@ -284,9 +286,86 @@ def test_several_images_in_one_file(run):
     result = verify("two.safetensors")
     assert result.exit_code == 0, result.output
     assert [line.split("  ")[0] for line in result.stdout.splitlines() if line.startswith("two")] == [
-        "two.safetensors [0]",
-        "two.safetensors [1]",
+        "two [0]",
+        "two [1]",
     ]
+
+
+TAMPERED = {
+    "tau of text": {"tau": "x"},
+    "tau of 3": {"tau": 3},
+    "tau without end": {"tau": 1e999},
+    "sigma of 2^70": {"sigma": 2**70},
+    "plan of an object": {"planned_samples": {"a": 1}},
+    "half a slack": {"slack": 1.5},
+    "no retain": {"retain": None},
+    "samples of 2^62": {"samples": torch.tensor([2**62]), "intervals": [[[0, 2**62]]]},
+    "moments of 1e300": {"gram_summary": torch.full((1, 16), 1e300, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("changes", TAMPERED.values(), ids=TAMPERED)
+def test_whatever_is_in_a_file_the_others_are_checked(run, monkeypatch, changes):
+    """Its checksum is right."""
+    tensors, settings = files.load("out/photo0.safetensors")
+    dumps = json.dumps
+    changed = {name: value for name, value in changes.items() if name in tensors}
+    rest = {name: value for name, value in changes.items() if name not in tensors}
+    with monkeypatch.context() as patch:
+        patch.setattr(files.json, "dumps", lambda value, **options: dumps(value, **{**options, "allow_nan": True}))
+        files.save("out/bad.safetensors", {**tensors, **changed}, {**settings, **rest})
+    result = verify("out")
+    assert result.exit_code in (0, 1), result.output
+    verdicts = {line.split()[0]: line.split()[-1] for line in result.stdout.splitlines() if line}
+    assert verdicts["photo0"] == verdicts["photo1"] == "ok"
+    assert result.exit_code == (verdicts["bad"] != "ok")
+
+
+@pytest.mark.parametrize(
+    ("settings", "table"),
+    [
+        ({"radius": ["x"]}, "name\tk\toverlap@0.01\nphoto0\t36\t0.1\n"),
+        ({"radius": 5}, "name\tk\toverlap@y\nphoto0\t36\t0.1\n"),
+        ({}, "name\tk\nphoto0\t36\n"),
+        ({}, "name\tk\nphoto0\t-7\n"),
+    ],
+)
+def test_whatever_lies_beside_a_file_it_is_checked(run, settings, table):
+    entry = {"name": "photo0", "files": ["photo0.safetensors"], "seconds": 1e300, "source": "\0"}
+    Path("out/manifest.json").write_text(json.dumps({"settings": settings, "images": [entry]}))
+    Path("out/certificates.tsv").write_text(table)
+    result = verify("out", "--tsv", "log.tsv")
+    assert result.exit_code == 1
+    assert "photo0.safetensors: certificates.tsv" in result.stderr
+    assert next(line for line in result.stdout.splitlines() if line.startswith("photo1")).rstrip().endswith("ok")
+
+
+def test_a_manifest_of_another_program_is_not_compared(run):
+    Path("out/manifest.json").write_text('{"name": "my web app"}')
+    Path("out/certificates.tsv").unlink()
+    result = verify("out")
+    assert result.exit_code == 0
+    assert "manifest.json beside it is of another program and was not compared" in result.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_no_number_is_broken_over_lines(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = verify("out", "--k", 0.1, "--k", 50)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines()[:8])) <= columns
+    cert = Certificate.load("out/photo0.safetensors")
+    for k in (36, 50):
+        for radius in (0.01, 0.03, 0.06):
+            assert rounding.percent(float(cert.overlap(k, radius).share)) in result.stdout
+        assert rounding.radius(float(cert.radius(k, 0.5))) in result.stdout
+    assert re.search(r"\b512\b", result.stdout)
+
+
+def test_a_size_that_a_map_has_not(run):
+    result = verify("out", "--k", 181)
+    assert result.exit_code == 1
+    assert "k: got 181 of the 360 elements" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From samples to certificates: the loop over samples, the bounds, the theorems, the files."""
 
-from robattr_fast.certificates.certificate.certificate import Certificate, Overlap
+from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.certificate.statements import Overlap
 from robattr_fast.certificates.engine.certify import certify
 from robattr_fast.certificates.engine.plan import StopWhen
 from robattr_fast.certificates.engine.run import Progress

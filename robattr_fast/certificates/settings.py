@@ -6,8 +6,21 @@ from typing import Any
 
 import torch
 
+from robattr_fast.certificates.fields import (
+    Check,
+    boolean,
+    each,
+    integer,
+    intervals,
+    names,
+    number,
+    one_of,
+    optional,
+    shown,
+    text,
+)
 from robattr_fast.certificates.ledger import AlphaLedger
-from robattr_fast.certificates.theorems.bounds import check_bound
+from robattr_fast.certificates.theorems.bounds import BOUNDS, check_bound
 from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name
 from robattr_fast.sampling.map import Map
 
@@ -28,8 +41,11 @@ SAME_MAP = (
 )
 """Fields that define the smoothed map."""
 
-PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target")
+PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target", "clean_class", "clean_score")
 """Fields with one entry per image."""
+
+_SINCE_FORMAT_1 = ("clean_class", "clean_score")  # not written where unknown, so that files stay what they were
+_MOST_ELEMENTS = 2**31 - 1
 
 Interval = tuple[int, int]
 
@@ -56,6 +72,8 @@ class Settings:
         channel_sum: scores were summed over channels before selection.
         explain: name of the attribution method.
         target: explained class per image; None: the largest logit of each noisy sample.
+        clean_class, clean_score: per image the class that the model gives to the image itself, without noise, and its
+            softmax probability; (-1, 0.0) where the logits are not finite.
         seed, stream_version: key and version of the noise stream.
         image_ids: id of each image in the noise stream.
         intervals: per image the sorted, disjoint, half-open intervals of sample indices.
@@ -76,7 +94,7 @@ class Settings:
             (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
 
     Raises:
-        ValueError: a value outside its range.
+        TypeError: a value of the wrong type. ValueError: a value outside its range.
     """
 
     sigma: float
@@ -87,6 +105,8 @@ class Settings:
     channel_sum: bool = False
     explain: str | None = None
     target: tuple[int, ...] | None = None
+    clean_class: tuple[int, ...] | None = None
+    clean_score: tuple[float, ...] | None = None
     seed: int | None = None
     stream_version: int | None = None
     image_ids: tuple[int, ...] | None = None
@@ -112,34 +132,22 @@ class Settings:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.sigma, bool) or not isinstance(self.sigma, (int, float)):
-            raise TypeError(f"sigma must be a number, got {type(self.sigma).__name__}")
-        if not (self.sigma > 0 and math.isfinite(self.sigma)):
-            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape must name at least one dimension of positive size, got {self.shape}")
-        if self.levels is not None and self.levels < 1:
-            raise ValueError(f"levels must be at least 1 or None, got {self.levels}")
-        if self.retain and not 4 <= self.retain <= 8192:
-            raise ValueError(f"retain must be 0 or lie in [4, 8192], got {self.retain}")
-        if self.on_nonfinite not in NONFINITE:
-            raise ValueError(f"on_nonfinite: got {self.on_nonfinite!r}, takes one of {', '.join(NONFINITE)}")
-        if self.autocast not in (None, *AUTOCAST):
-            raise ValueError(f"autocast must be None or one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
+        for name, check in _FIELDS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.n > _MOST_ELEMENTS:
+            raise ValueError(f"shape must have at most {_MOST_ELEMENTS} elements, got {self.shape}")
+        if self.gamma is not None and self.tau is not None and self.gamma > self.tau:
+            raise ValueError(f"gamma must be at most tau, got gamma={self.gamma}, tau={self.tau}")
         for evaluation in (self.declared, self.evaluation):
             check_bound(evaluation.bound, self.levels)
             self._allot(evaluation)
             if evaluation.slack is not None and not 0 <= evaluation.slack < self.n:
                 raise ValueError(f"slack must be None or an integer in 0..n-1, got {evaluation.slack}")
+        if (self.clean_class is None) != (self.clean_score is None):
+            raise ValueError("clean_class and clean_score must both be known, or neither")
         lengths = {name: len(value) for name in PER_IMAGE if (value := getattr(self, name)) is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the fields with one entry per image differ in length: {lengths}")
-        for image in self.intervals or ():
-            edges = [edge for interval in image for edge in interval]
-            if any(len(interval) != 2 or interval[0] >= interval[1] for interval in image) or (
-                edges != sorted(edges) or min(edges, default=0) < 0
-            ):
-                raise ValueError(f"intervals must be sorted, disjoint pairs (first, end), got {image}")
 
     @classmethod
     def of_map(cls, map: Map, x: torch.Tensor, **fields: Any) -> "Settings":
@@ -210,7 +218,11 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the ledger spelled out."""
-        return {**dataclasses.asdict(self), "ledger": dataclasses.asdict(self.ledger)}
+        values = dataclasses.asdict(self)
+        for name in _SINCE_FORMAT_1:
+            if values[name] is None:
+                del values[name]
+        return {**values, "ledger": dataclasses.asdict(self.ledger)}
 
     @classmethod
     def from_json(cls, manifest: dict[str, Any]) -> "Settings":
@@ -219,8 +231,7 @@ class Settings:
         ledger = fields.pop("ledger", None)
         unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        fields = {name: _frozen(value) for name, value in fields.items()}
+            raise ValueError(f"unknown fields {shown(sorted(unknown))}")
         try:
             if fields.get("exploration") is not None:
                 fields["exploration"] = Evaluation(**fields["exploration"])
@@ -228,7 +239,7 @@ class Settings:
         except TypeError as error:
             raise ValueError(f"a field is missing or of the wrong type: {error}") from error
         if ledger != dataclasses.asdict(settings.ledger):
-            raise ValueError(f"the ledger {ledger} is not the one of its alpha, bound and slack: {settings.ledger}")
+            raise ValueError(f"the ledger {shown(ledger)} is not that of its alpha, bound and slack: {settings.ledger}")
         return settings
 
 
@@ -239,6 +250,61 @@ def _resolved(evaluation: Evaluation) -> Evaluation:
     return evaluation
 
 
-def _frozen(value: Any) -> Any:
-    """Lists become tuples, as they were before JSON."""
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+_SIZE = integer(1, 2**31 - 1)
+_SHARE = optional(number(0, 1, beyond=True))
+_ALPHA = number(1e-100, 1)  # below, the level of a single bound leaves the range of float64
+_NAME = optional(text)
+
+
+def _retain(name: str, value: Any) -> int:
+    rows = integer(0, 8192)(name, value)
+    if 0 < rows < 4:
+        raise ValueError(f"{name} must be 0 or lie in 4..8192, got {rows}")
+    return rows
+
+
+def _exploration(name: str, value: Any) -> Evaluation | None:
+    if value is not None and not isinstance(value, Evaluation):
+        raise TypeError(f"{name} must be an Evaluation or None, got {shown(value)}")
+    if value is None:
+        return None
+    return Evaluation(**{part: _FIELDS[part](f"{name}.{part}", getattr(value, part)) for part in _EVALUATION})
+
+
+_EVALUATION = tuple(field.name for field in dataclasses.fields(Evaluation))
+_FIELDS: dict[str, Check] = {
+    "sigma": number(1e-30, 1e30),  # noise is float32
+    "shape": each(_SIZE, fewest=1, most=64),
+    "levels": optional(integer(1, 255)),
+    "tau": _SHARE,
+    "gamma": _SHARE,
+    "channel_sum": boolean,
+    "explain": _NAME,
+    "target": optional(each(integer(0, 2**31 - 1))),
+    "clean_class": optional(each(integer(-1, 2**31 - 1))),
+    "clean_score": optional(each(number(0, 1))),
+    "seed": optional(integer(0, 2**64 - 1)),
+    "stream_version": optional(_SIZE),
+    "image_ids": optional(each(integer(0, 2**32 - 1))),
+    "intervals": optional(each(intervals)),
+    "planned_samples": optional(each(_SIZE)),
+    "alpha": _ALPHA,
+    "bound": one_of(*BOUNDS),
+    "slack": optional(integer(0, _MOST_ELEMENTS)),
+    "second_moment": boolean,
+    "retain": _retain,
+    "on_nonfinite": one_of(*NONFINITE),
+    "merged": boolean,
+    "exploration": _exploration,
+    "autocast": one_of(None, *AUTOCAST),
+    "model_fingerprint": _NAME,
+    "input_hashes": optional(each(text)),
+    "device": _NAME,
+    "batch_size": optional(integer(1, 2**20)),
+    "batch_images": optional(_SIZE),
+    "memory_format": one_of(None, "contiguous", "channels_last"),
+    "folded": optional(boolean),
+    "backends": names,
+    "versions": names,
+}
+"""Of every field what it may be."""

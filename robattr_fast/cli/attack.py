@@ -11,18 +11,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from robattr_fast import attacks
 from robattr_fast.certificates import Certificate
-from robattr_fast.cli.errors import bad_input_exits
-from robattr_fast.cli.errors import report as tell
-from robattr_fast.cli.options import at_least_one, checked_device, checked_share
+from robattr_fast.cli.terminal import bad_input_exits, say, tell
 from robattr_fast.files import write_atomically
 from robattr_fast.inputs import images, specs
+from robattr_fast.inputs.names import printable
 from robattr_fast.jobs.failures import EXPECTED, one_line
+from robattr_fast.jobs.options import at_least_one, checked_device
 from robattr_fast.jobs.record import ATTACKED, CERTIFICATE
 from robattr_fast.report.attacked import attack_figure
 from robattr_fast.report.picture import save
+from robattr_fast.report.sizes import checked_size, top_size
 
 GOALS = ("topk", "mass-center", "cosine", "distance")
 _SMOOTHED = ("smoothgrad", "sparsified")
@@ -71,7 +73,7 @@ def attack(
     console = Console()
     with bad_input_exits(traceback=traceback):
         radii = sorted(set(radius or (0.1, 0.5)))
-        checked_share(k)
+        k = checked_size(k)
         if goal not in GOALS:
             raise ValueError(f"goal: got {goal!r}, expected one of {', '.join(GOALS)}")
         if threads is not None:
@@ -89,14 +91,14 @@ def attack(
                 x = images.read(source.path, chosen.preprocess).to(place)[None]
                 if certificates is not None:
                     cert = Certificate.load(certificates / f"{source.name}{CERTIFICATE}")
-                    count = max(1, int(k * cert.settings.n))
+                    count = top_size(k, cert.settings.n)
                     found = attacks.beside(
                         cert, module, x, k=count, radii=radii, steps=steps, restarts=restarts, attack_samples=samples
                     )
                     mine = _beside_rows(source.name, found, count)
                     write_atomically(certificates / f"{source.name}{ATTACKED}", _tsv(mine))
                 else:
-                    objective = _objective(goal, max(1, int(k * x[0].numel())))
+                    objective = _objective(goal, top_size(k, x[0].numel()))
                     one = attacks.AttributionPGD(
                         module,
                         attribution,
@@ -118,16 +120,16 @@ def attack(
                 if traceback:
                     raise
                 failed += 1
-                tell(f"{source.name}: {one_line(error)}")
+                say("error", f"{source.name}: {one_line(error)}")
                 continue
             rows += mine
             write_atomically(out / _TABLE, _tsv(rows))
     if rows:
         console.print(_table(rows))
-        console.print(f"Written to {out}/", highlight=False)
+        tell(console, f"Written to {out}/")
     crossed = [row["name"] for row in rows if row.get("crossed")]
     for name in dict.fromkeys(crossed):
-        tell(f"{name}: less is left than its certificate says must be")
+        say("error", f"{name}: less is left than its certificate says must be")
     if failed or crossed:
         raise typer.Exit(1)
 
@@ -182,5 +184,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "name" else "right")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        cells = (f"{value:.4g}" if isinstance(value, float) else printable(str(value)) for value in row.values())
+        table.add_row(*map(Text, cells))
     return table

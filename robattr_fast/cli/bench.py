@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from robattr_fast.cli.errors import bad_input_exits, report
+from robattr_fast.cli.terminal import bad_input_exits, report
 
 _WIDTH = 120
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from robattr_fast import files
-from robattr_fast.cli.errors import bad_input_exits, report, warn
-from robattr_fast.cli.options import at_least_one, checked_device, checked_radii, checked_share
 from robattr_fast.cli.progress import SampleProgress
+from robattr_fast.cli.results import print_results
+from robattr_fast.cli.terminal import bad_input_exits, report, say, tell
 from robattr_fast.errors import ModelError
-from robattr_fast.inputs import images, specs
-from robattr_fast.jobs.job import Run
-from robattr_fast.jobs.results import Results
-from robattr_fast.jobs.resume import Earlier, stop_rule
-from robattr_fast.machine import tune_allocator
-from robattr_fast.model import AUTOCAST
+from robattr_fast.jobs.job import certify_folder
+from robattr_fast.jobs.options import Options
 
 
 def certify(
@@ -61,7 +54,9 @@ def certify(
     keep_samples: Annotated[
         bool, typer.Option("--keep-samples", help="Write these maps into the certificate: verify computes them again.")
     ] = False,
-    k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
+    k: Annotated[
+        float, typer.Option(help="Size of the top set: a share of all elements (0.2), or a number of them (50).")
+    ] = 0.2,
     radius: Annotated[
         list[float] | None,
         typer.Option(help="L2 radius for table and picture; may be repeated.", show_default="0.01 0.03 0.06"),
@@ -106,37 +101,23 @@ def certify(
 
     Writes per image NAME.safetensors (the certificate) and NAME.png, per run certificates.tsv and manifest.json.
     The same command again goes on where an earlier one was killed (NAME.checkpoint, written every minute): finished
-    images are not sampled again, and the files come out as if it had never been interrupted.
+    images are not sampled again, and the files come out as if it had never been interrupted. Other images may be
+    certified into the same folder, also at the same time; files of other programs are never replaced.
+    Images are turned upright; transparent parts are shown on white; of an animation the first frame is taken; more
+    than 8 bits per channel are refused. Of a folder of images hidden files are passed over.
     Exit status: 0; 1 if an image failed (the others are finished); 2 if the command cannot be carried out.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("paths", "out", "fresh", "traceback")}
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     console = Console()
     with bad_input_exits(traceback=traceback):
         _require_packages()
-        radii = checked_radii(radius)
-        settings |= {"radius": radii, "k": checked_share(k), "batch_size": _checked_batch_size(batch_size)}
-        stop_rule(settings, n=2)
-        if autocast not in (None, *AUTOCAST):
-            takes = f"{' or '.join(AUTOCAST)}: all certificates of a folder are of one function"
-            raise ValueError(f"autocast: got {autocast!r}, takes {takes}")
-        if threads is not None:
-            torch.set_num_threads(at_least_one("threads", threads))
-        tune_allocator()  # elsewhere than on glibc there is nothing to tune
-        place = checked_device(device)
-        sources = images.find(paths)
-        _make_writable(out)
-        files.sweep(out)
-        _spare_inputs(sources, out)
-        chosen = specs.load(model, size=size)
-        earlier = Earlier(out, sources, fresh=fresh, warn=warn)
-        results = Results(out, settings, radii, place, earlier.of_this_run(settings))
-        with SampleProgress(Console(stderr=True), len(sources)) as progress:
-            interrupted = Run(sources, chosen, settings, results, earlier, report, progress.images).go()
+        options = Options(**given | {"radius": radius or (), "batch_size": _checked_batch_size(batch_size)})
+        with SampleProgress(Console(stderr=True)) as progress:
+            results = certify_folder(paths, model, out, options, fresh=fresh, say=say, show=progress.images)
+    print_results(results, console)
     if results.rows:
-        console.print(results.table())
-        console.print(results.footnote(), highlight=False)
-        console.print(f"Written to {out}/", highlight=False)
-    if interrupted:
+        tell(console, f"Written to {out}/")
+    if results.interrupted:
         report("interrupted: what was sampled until then is certified and written")
         raise typer.Exit(130)
     if results.failures:
@@ -157,24 +138,5 @@ def _checked_batch_size(batch_size: str) -> int | str:
     if batch_size == "auto":
         return batch_size
     if not batch_size.isascii() or not batch_size.isdigit():
-        raise ValueError(f"batch-size: got {batch_size!r}, takes an integer >= 1 or auto")
-    return at_least_one("batch-size", int(batch_size))
-
-
-def _spare_inputs(sources: list[images.Source], folder: Path) -> None:
-    """ValueError if a picture would replace an image that is to be read."""
-    inputs = {source.path.resolve() for source in sources}
-    for source in sources:
-        picture = (folder / f"{source.name}.png").resolve()
-        if picture in inputs:
-            raise ValueError(f"out: {picture} is an image to certify and would be overwritten; takes another folder")
-
-
-def _make_writable(folder: Path) -> None:
-    """Make the folder; OSError now rather than after the first image if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"out: cannot write to {folder}: {error.strerror}") from error
+        raise ValueError(f"batch-size: got {batch_size!r}, expected an integer >= 1 or auto")
+    return int(batch_size)

@@ -16,13 +16,14 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from robattr_fast import _extension
+from robattr_fast.cli.terminal import Lines, tell
+from robattr_fast.inputs.names import printable
 from robattr_fast.ops._selfcheck import OperatorReport, check_operators
 
-_MARKS = {"ok": "[green]ok[/]", "failed": "[bold red]failed[/]", "none": "[yellow]no check[/]"}
+_MARKS = {"ok": ("ok", "green"), "failed": ("failed", "bold red"), "none": ("no check", "yellow")}
 _LINKS = ("kernels", "csrc")
 _OPTIONAL = (
     ("triton", "triton", "triton"),
@@ -64,22 +65,21 @@ def doctor(
 
 
 def _print(reports: list[OperatorReport], properties: list[Fact], console: Console) -> None:
-    operators = Table(box=None, padding=(0, 2, 0, 0), title="Operators", title_justify="left", title_style="bold")
-    for heading in ("operator", "device", "backend", "self-check", "passed over"):
-        operators.add_column(heading, overflow="fold", no_wrap=heading == "operator")
+    heads = [("operator", "word"), ("device", "word"), ("backend", "word"), ("self-check", "text")]
+    operators = Lines("Operators", heads)
     for row in reports:
-        check = _MARKS[row.check] + ("" if row.check == "ok" else f" {escape(row.detail)}")
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in row.passed_over.items())
-        operators.add_row(row.operator, row.device, row.backend, check, escape(reasons))
-    facts = Table(box=None, padding=(0, 2, 0, 0), title="Installation", title_justify="left", title_style="bold")
-    facts.add_column("what")
-    facts.add_column("found", overflow="fold")
-    facts.add_column("advice", overflow="fold", style="yellow")
-    for fact in properties:
-        facts.add_row(escape(fact.name), escape(fact.value), escape(fact.advice))
-    console.print(operators)
+        mark, style = _MARKS[row.check]
+        check = mark if row.check == "ok" else f"{mark} {row.detail}"
+        operators.add(row.operator, row.device, row.backend, Text(printable(check), style))
+    operators.print(console)
+    for row in reports:
+        for name, reason in row.passed_over.items():
+            tell(console, f"{row.operator} on {row.device}: {name} was passed over: {reason}")
     console.print()
-    console.print(facts)
+    facts = Lines("Installation", [("what", "word"), ("found", "text"), ("advice", "text")])
+    for fact in properties:
+        facts.add(fact.name, fact.value, Text(printable(fact.advice), "yellow"))
+    facts.print(console)
 
 
 def _facts() -> Iterator[Fact]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from robattr_fast.certificates import Progress as Event
+from robattr_fast.inputs.names import printable
 from robattr_fast.report.rounding import percent
 
 # A look at the certificate may take at most one part in so many of the run; the first is due after so many seconds.
@@ -26,10 +27,10 @@ class _Rate(ProgressColumn):
 class SampleProgress:
     """``with SampleProgress(...) as progress: ...``; one bar per group of images, replaced by the next."""
 
-    def __init__(self, console: Console, images: int) -> None:
-        self._images = images
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             _Rate(),
@@ -47,8 +48,8 @@ class SampleProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bar.stop()
 
-    def images(self, named: Sequence[tuple[int, str]], samples: int, *, k_share: float, radius: float):
-        """Start the bar of images (index in the run, name) that are sampled together.
+    def images(self, named: Sequence[tuple[int, str]], images: int, samples: int, *, k: int, radius: float):
+        """Start the bar of images (index in the run, name), of so many, that are sampled together.
 
         Returns the callable for `certify`'s ``progress``, or False off a terminal.
         """
@@ -57,21 +58,19 @@ class SampleProgress:
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         task = self._bar.add_task("", total=samples * len(named), certified="")
-        next_look = time.monotonic() + _FIRST_LOOK
+        next_look = self._clock() + _FIRST_LOOK
 
         def progress(event: Event) -> None:
             nonlocal next_look
-            start = time.monotonic()
+            start = self._clock()
             if start >= next_look:
-                so_far = event.certificate()
-                k = max(1, int(k_share * so_far.settings.n))
-                share = float(so_far.overlap(k, radius).share.squeeze())
+                share = float(event.certificate().overlap(k, radius).share.squeeze())
                 self._bar.update(task, certified=f"{percent(share)} at {radius:g}")
-                now = time.monotonic()
+                now = self._clock()
                 next_look = now + _LOOK_SHARE * (now - start)
             index, name = named[event.image]
             # Earlier images of the group are done, whether they took all samples or stopped.
             done = samples * event.image + event.samples
-            self._bar.update(task, completed=done, description=f"{name} ({index + 1}/{self._images})")
+            self._bar.update(task, completed=done, description=f"{printable(name)} ({index + 1}/{images})")
 
         return progress

@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from robattr_fast.certificates import Certificate
-from robattr_fast.cli import checks
-from robattr_fast.cli.errors import bad_input_exits
-from robattr_fast.cli.options import DEFAULT_RADII, checked_radii, checked_share
-from robattr_fast.errors import CertificateFileError
+from robattr_fast.cli.terminal import bad_input_exits, say, tell
 from robattr_fast.files import write_atomically
 from robattr_fast.inputs import specs
-from robattr_fast.inputs.images import Preprocess
-from robattr_fast.jobs.record import find_certificates, find_image, read_attacked, read_record
-from robattr_fast.report.page import SHARES, Entry, page
+from robattr_fast.inputs.names import listed
+from robattr_fast.jobs.options import DEFAULT_RADII, checked_radii
+from robattr_fast.jobs.pages import page_of_files
+from robattr_fast.jobs.record import find_certificates
+from robattr_fast.report.page import SHARES
+from robattr_fast.report.sizes import checked_size
 
 
 def report(
@@ -26,7 +25,7 @@ def report(
     k: Annotated[
         list[float] | None,
         typer.Option(
-            help="Size of the top set, as a share of all elements; may be repeated.",
+            help="Size of the top set: a share of all elements, or a number of them; may be repeated.",
             show_default=" ".join(map(str, SHARES)),
         ),
     ] = None,
@@ -48,44 +47,23 @@ def report(
     """One self-contained HTML page from certificates: images, maps, what provably stays at which radius.
 
     An image is shown if it still lies where the run had it, or beside its certificate, and is the very input that was
-    certified (its hash is compared). The page needs no network and loads nothing.
-    Exit status: 0; 2 if the command cannot be carried out, a damaged certificate included.
+    certified (its hash is compared). A file that is damaged, or that its table contradicts, is left out, and named on
+    the page. The page needs no network and loads nothing.
+    Exit status: 0; 1 if a file was left out; 2 if the command cannot be carried out, or nothing is left.
     """
     with bad_input_exits(traceback=traceback):
-        shares = [checked_share(share) for share in k or SHARES]
+        sizes = [checked_size(size) for size in k or SHARES]
         radii = checked_radii(radius)
         if size is not None and model is None:
-            raise ValueError("size: got one without --model, takes both")
+            raise ValueError("size: got one without --model, expected both")
         preprocess = None if model is None else specs.load(model, size=size).preprocess
-        entries = [entry for path in find_certificates(files) for entry in _entries(path, preprocess)]
-        write_atomically(out, page(entries, shares=shares, radii=radii, title=title).encode())
-    Console().print(f"Written to {out}", highlight=False)
-
-
-def _entries(path: Path, preprocess: Preprocess | None) -> list[Entry]:
-    """The images of one file."""
-    certs, record = Certificate.load(path), read_record(path)
-    faults = checks.support_faults(certs) + checks.record_faults(certs, record)
-    if faults:
-        raise CertificateFileError(f"{path}: {faults[0]} (robattr-fast verify says more)")
-    hashes = certs.settings.input_hashes
-    attacked = read_attacked(path) if len(certs) == 1 else []
-    entries = []
-    for index in range(len(certs)):
-        cert = certs[index]
-        shape = cert.settings.shape
-        image = None if hashes is None else find_image(path, record, hashes[index], shape, preprocess)
-        missing = "The image was not found, or is not the one that was certified: the map is shown alone."
-        if image is not None and image.shape[-2:] != shape[-2:]:
-            image, missing = None, "The map has not the height and width of the image and is shown alone."
-        entries.append(
-            Entry(
-                name=path.stem if len(certs) == 1 else f"{path.stem} [{index}]",
-                cert=cert,
-                image=image,
-                class_name=record.row.get("class_name", ""),
-                remarks=() if image is not None else (missing,),
-                attacked=attacked,
-            )
-        )
-    return entries
+        paths, passed_over = find_certificates(files)
+        if passed_over:
+            say("note", f"passed over {listed(passed_over)}")
+        made = page_of_files(paths, preprocess=preprocess, k=sizes, radii=radii, title=title, catch=not traceback)
+        write_atomically(out, made.html.encode())
+    tell(Console(), f"Written to {out}")
+    for reason in made.left_out:
+        say("error", reason)
+    if made.left_out:
+        raise typer.Exit(1)

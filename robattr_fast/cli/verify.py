@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
-import functools
-import io
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from robattr_fast.certificates import Certificate
-from robattr_fast.certificates.verify.replay import FALSE_ALARM, FLIPS, replay
-from robattr_fast.cli import checks
-from robattr_fast.cli.errors import bad_input_exits, one_line, report
-from robattr_fast.cli.options import DEFAULT_RADII, at_least_one, checked_device, checked_radii, checked_share
-from robattr_fast.errors import CertificateFileError
+from robattr_fast.cli.terminal import Lines, bad_input_exits, report, say, tell
 from robattr_fast.files import write_atomically
 from robattr_fast.inputs import images, specs
-from robattr_fast.jobs.record import Record, find_certificates, find_image, read_record
-from robattr_fast.jobs.results import label
+from robattr_fast.inputs.names import listed
+from robattr_fast.jobs.options import DEFAULT_RADII, at_least_one, checked_device, checked_radii
+from robattr_fast.jobs.record import find_certificates
+from robattr_fast.jobs.verification import Asked, Found, Resampling, Verified, read_labels, smoothing_log, verify_files
 from robattr_fast.machine import tune_allocator
-from robattr_fast.model import input_hash
-from robattr_fast.report import words
 from robattr_fast.report.rounding import percent, rounded_cosine
 from robattr_fast.report.rounding import radius as shown_radius
+from robattr_fast.report.sizes import checked_size, size_words
 
 _DEFAULT_REPLAY = 64
-
-
-@dataclass
-class _Verified:
-    """One file: its certificate, if it could be read, what is wrong with it, what could not be looked at, and what else
-    there is to say."""
-
-    path: Path
-    cert: Certificate | None = None
-    record: Record = field(default_factory=Record)
-    faults: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-    @functools.cached_property
-    def images(self) -> list[Certificate]:
-        """A certificate for each image; that of a single one has its bounds already."""
-        if self.cert is None:
-            return []
-        return [self.cert] if len(self.cert) == 1 else [self.cert[index] for index in range(len(self.cert))]
+_SHOWN = 100  # files that are in order; all others are shown
+_VERDICTS = {"ok": "green", "not replayed": "yellow", "failed": "bold red"}
 
 
 def verify(
     files: Annotated[list[str], typer.Argument(help="Certificates, or folders of them.", show_default=False)],
     k: Annotated[
         list[float] | None,
-        typer.Option(help="Size of the top set, as a share of all elements; may be repeated.", show_default="0.2"),
+        typer.Option(
+            help="Size of the top set: a share of all elements, or a number of them; may be repeated.",
+            show_default="0.2",
+        ),
     ] = None,
     radius: Annotated[
         list[float] | None,
@@ -98,41 +75,40 @@ def verify(
     Every file is read (its checksum and its counts must hold together) and compared with the certificates.tsv and
     manifest.json beside it, where those name it. With --model, samples are taken again and compared: all of them
     (--replay all: the counts must be equal), or a random part (--replay 64: the counts must contain what it shows and
-    be plausible for it).
+    be plausible for it). Whatever is in one file, the others are checked too.
     Exit status: 0; 1 if a file fails or an image to replay is not found; 2 if the command cannot be carried out.
     """
     console = Console()
     with bad_input_exits(traceback=traceback):
-        shares = [checked_share(share) for share in k or (0.2,)]
-        radii = checked_radii(radius)
+        asked = Asked([checked_size(one) for one in k or (0.2,)], checked_radii(radius), overlap)
         if not 0 < overlap <= 1:
-            raise ValueError(f"overlap: got {overlap}, takes a share in (0, 1]")
+            raise ValueError(f"overlap: got {overlap}, expected a share in (0, 1]")
         count = _checked_replay(replay_samples, model)
         if image and model is None:
-            raise ValueError("image: got one without --model, takes both")
+            raise ValueError("image: got one without --model, expected both")
         if labels is not None and tsv is None:
-            raise ValueError("labels: got them without --tsv, takes both")
-        truth = _read_labels(labels) if labels is not None else {}
-        paths = find_certificates(files)
+            raise ValueError("labels: got them without --tsv, expected both")
+        truth = read_labels(labels) if labels is not None else {}
+        paths, passed_over = find_certificates(files)
+        if passed_over:
+            say("note", f"passed over {listed(passed_over)}")
         if image and len(paths) != 1:
-            raise ValueError(f"image: got one for {len(paths)} certificates, takes one certificate")
-        if model is not None:
-            tune_allocator()
+            raise ValueError(f"image: got one for {len(paths)} certificates, expected one certificate")
         if threads is not None:
             torch.set_num_threads(at_least_one("threads", threads))
         place = checked_device(device)
-        found = [_check(path) for path in paths]
+        again = None
         if model is not None:
+            tune_allocator()
             chosen = specs.load(model, size=size)
             given = [images.read(path, chosen.preprocess) for path in image or ()]
-            for one in found:
-                for index, cert in enumerate(one.images):
-                    _replay(one, index, cert, chosen, given, count, replay_seed, place, shares[0])
-        console.print(_table(found, shares, radii, overlap))
+            again = Resampling(chosen, chosen.module.to(place), place, given, count, replay_seed)
+        found = list(verify_files(paths, asked, again, catch=not traceback))
+        _table(found, asked).print(console)
         for line in _remarks(found):
-            console.print(line, highlight=False, soft_wrap=True)
+            tell(console, line)
         if tsv is not None:
-            write_atomically(tsv, _smoothing_log(found, truth).encode())
+            write_atomically(tsv, smoothing_log(found, truth).encode())
     for one in found:
         for fault in one.faults + one.unseen:
             report(fault if str(one.path) in fault else f"{one.path}: {fault}")
@@ -140,176 +116,60 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check(path: Path) -> _Verified:
-    """Without the model."""
-    one = _Verified(path)
-    try:
-        one.cert = Certificate.load(path)
-        one.record = read_record(path)
-    except (CertificateFileError, OSError) as error:
-        one.faults.append(one_line(error))
-    if one.cert is not None:
-        one.faults += checks.support_faults(one.cert) + checks.sample_faults(one.cert)
-        one.faults += checks.record_faults(one.cert, one.record)
-        one.remarks += words.remarks(one.cert)
-    return one
-
-
-def _replay(
-    one: _Verified,
-    index: int,
-    cert: Certificate,
-    model: specs.Model,
-    given: list[torch.Tensor],
-    count: int | None,
-    seed: int,
-    device: torch.device,
-    k: float,
-) -> None:
-    """With the model: ``cert``, of image ``index`` of the file."""
-    which = "" if len(one.images) == 1 else f"image {index} of {len(one.images)}: "
-    x = _input(one, cert, model, given)
-    if x is None:
-        source = one.record.source
-        one.unseen.append(f"{which}its image was not found{f' at {source}' if source else ''}: name it with --image")
-        return
-    size = max(1, int(k * cert.settings.n))
-    wanted = None if count is None else min(count, int(cert.samples[0]))
-    result = replay(cert, model.module.to(device), x.to(device), samples=wanted, seed=seed, k=size)
-    one.faults += [which + fault for fault in result.faults]
-    if result.differences:
-        one.remarks.append(
-            f"sampled elsewhere ({'; '.join(result.differences)}): rounding may move an element in "
-            f"{100 * FLIPS:g} % of the replayed samples, and more was not held against it"
-        )
-    if not result.faults:
-        one.remarks.append(which + _replayed(result.samples, result.total, exact=not result.differences))
-
-
-def _replayed(samples: int, total: int, *, exact: bool) -> str:
-    if samples < total:
-        return (
-            f"{samples} of {total} samples replayed, chosen at random: nothing speaks against the counts "
-            f"(a true certificate fails this test with probability at most {FALSE_ALARM:g})"
-        )
-    return f"all {total} samples replayed: " + ("the counts are theirs, exactly" if exact else "the counts agree")
-
-
-def _input(one: _Verified, cert: Certificate, model: specs.Model, given: list[torch.Tensor]) -> torch.Tensor | None:
-    if len(given) == 1 and len(one.images) == 1:
-        return given[0]  # whatever it is: the replay says so
-    hashes = cert.settings.input_hashes
-    if hashes is None:
-        return None
-    for x in given:
-        if input_hash(x) == hashes[0]:
-            return x
-    return find_image(one.path, one.record, hashes[0], cert.settings.shape, model.preprocess)
-
-
-def _remarks(found: list[_Verified]) -> list[str]:
+def _remarks(found: Sequence[Verified]) -> Iterator[str]:
     """What is true of several certificates is said once."""
     names: dict[str, list[str]] = {}
     for one in found:
         for remark in one.remarks:
             names.setdefault(remark, []).append(one.path.name)
-    return [f"{_some(those)}: {remark}" for remark, those in names.items()]
+    return (f"{listed(those)}: {remark}" for remark, those in names.items())
 
 
-def _some(names: list[str], shown: int = 3) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _table(found: list[_Verified], shares: list[float], radii: list[float], overlap: float) -> Table:
+def _table(found: Sequence[Verified], asked: Asked) -> Lines:
     """One row per image and k."""
-    table = Table(
-        title="Share of the top of the map that provably stays, by L2 radius, from the counts",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
+    lines = Lines(
+        "Share of the top of the map that provably stays, by L2 radius, from the counts",
+        [
+            ("file", "text"),
+            ("top", "number"),
+            *((f"{at:g}", "number") for at in asked.radii),
+            (f"{100 * asked.overlap:g} % stays to", "number"),
+            ("class", "number"),
+            ("certified to", "number"),
+            ("samples", "number"),
+            ("verdict", "word"),
+        ],
     )
-    table.add_column("certificate", overflow="fold")
-    table.add_column("top", justify="right", no_wrap=True)
-    for at in radii:
-        table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
-    table.add_column(f"{100 * overlap:g} % stays to", justify="right", overflow="fold")
-    table.add_column("class", justify="right", overflow="fold")
-    table.add_column("certified to", justify="right", overflow="fold")
-    table.add_column("samples", justify="right", overflow="fold")
-    table.add_column("verdict", no_wrap=True)
+    fine = 0
     for one in found:
-        verdict = "[green]ok[/]" if not one.unseen else "[yellow]not replayed[/]"
-        verdict = "[bold red]failed[/]" if one.faults else verdict
-        if one.cert is None:
-            table.add_row(one.path.name, *[""] * (len(radii) + 5), verdict)
+        fine += one.verdict == "ok"
+        if one.verdict == "ok" and fine > _SHOWN:
             continue
-        for index, cert in enumerate(one.images):
-            name = one.path.name if len(one.cert) == 1 else f"{one.path.name} [{index}]"
-            for share in shares:
-                k = max(1, int(share * cert.settings.n))
-                table.add_row(
-                    name.replace("[", r"\["),
-                    f"{100 * share:g} %",
-                    *_cells(cert, k, radii),
-                    shown_radius(float(cert.radius(k, overlap)[0])),
-                    *_label(cert),
-                    str(int(cert.samples[0])),
-                    verdict,
-                )
-    return table
+        verdict = Text(one.verdict, _VERDICTS[one.verdict])
+        if not one.found:
+            lines.add(one.path.stem, *[""] * (len(asked.radii) + 5), verdict)
+        for row in one.found:
+            name = one.path.stem if one.images == 1 else f"{one.path.stem} [{row.image}]"
+            lines.add(name, size_words(row.k), *_cells(row), *_label(row), str(row.samples), verdict)
+    if fine > _SHOWN:
+        lines.add(f"... and {fine - _SHOWN} more", *[""] * (len(asked.radii) + 5), Text("ok", _VERDICTS["ok"]))
+    return lines
 
 
-def _cells(cert: Certificate, k: int, radii: list[float]) -> list[str]:
-    """As in the table of `certify`."""
-    shown = [percent(float(share)) for share in cert.overlap(k, radii).share[:, 0]]
-    if not cert.has_second_moments:
-        return shown
-    cosines = [rounded_cosine(float(value)) for value in cert.cosine(radii)[:, 0]]
-    return [f"{share}\n[not bold dim]cos {cosine}[/]" for share, cosine in zip(shown, cosines, strict=True)]
+def _cells(row: Found) -> list[Text]:
+    """As in the table of `certify`, and up to which radius the asked share stays."""
+    cells = []
+    nothing = not any(row.shares)
+    for index, share in enumerate(row.shares):
+        below = "" if row.cosines is None else f"\ncos {rounded_cosine(row.cosines[index])}"
+        cells.append(Text.assemble(("none" if nothing else percent(share), "bold cyan"), (below, "dim cyan")))
+    return [*cells, Text(shown_radius(row.stays_to))]
 
 
-def _label(cert: Certificate) -> tuple[str, str]:
-    if cert.class_counts is None:
+def _label(row: Found) -> tuple[str, str]:
+    if row.label is None:
         return "", ""
-    voted = label(cert, None)
-    return str(voted.number), shown_radius(voted.radius) if voted.radius > 0 else "abstains"
-
-
-def _smoothing_log(found: list[_Verified], truth: dict[str, int]) -> str:
-    """The log of Cohen, Rosenfeld and Kolter's certify.py: predict is -1 where the label abstains.
-
-    label and correct stay empty where the true class is not known.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["idx", "label", "predict", "radius", "correct", "time"])
-    certs = [(one, cert) for one in found if not one.faults for cert in one.images]
-    for index, (one, cert) in enumerate(certs):
-        voted = label(cert, None)
-        predict = voted.number if voted.radius > 0 else -1
-        known = truth.get(one.path.stem)
-        time = "" if one.record.seconds is None else str(datetime.timedelta(seconds=one.record.seconds))
-        correct = "" if known is None else int(predict == known)
-        writer.writerow([index, "" if known is None else known, predict, voted.radius, correct, time])
-    return text.getvalue()
-
-
-def _read_labels(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"labels: {path} is not a text: {error}") from error
-    found = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition("\t" if "\t" in line else " ")
-        if not name or not label.isascii() or not label.isdigit():
-            raise ValueError(f"labels: {path}, line {number}: got {line!r}, takes a name and a class")
-        found[name.strip()] = int(label)
-    return found
+    return str(row.label.number), shown_radius(row.label.radius) if row.label.radius > 0 else "abstains"
 
 
 def _checked_replay(text: str | None, model: str | None) -> int | None:
@@ -317,9 +177,9 @@ def _checked_replay(text: str | None, model: str | None) -> int | None:
     if text is None:
         return _DEFAULT_REPLAY
     if model is None:
-        raise ValueError("replay: got it without --model, takes both")
+        raise ValueError("replay: got it without --model, expected both")
     if text == "all":
         return None
     if not text.isascii() or not text.isdigit():
-        raise ValueError(f"replay: got {text!r}, takes an integer >= 1 or all")
+        raise ValueError(f"replay: got {text!r}, expected an integer >= 1 or all")
     return at_least_one("replay", int(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from robattr_fast.inputs.names import listed
+from robattr_fast.model import values_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +42,12 @@ MAX_ELEMENTS = 2**28
 PACKAGED = "skimage:"
 """Prefix of the photographs that come with scikit-image: ``skimage:chelsea``."""
 
+DRAWN = "robattr-fast certificate picture"
+"""What the pictures of `certify` say of their software."""
+
+# A file name has at most 255 bytes; results add a suffix, and while they are written a dot and 13 bytes more.
+_LONGEST_STEM = 255 - len(".safetensors") - 14
+
 Preprocess = Callable[["Image"], torch.Tensor]
 """An RGB image to a float tensor [C, H, W] in [0, 1]."""
 
@@ -54,39 +64,58 @@ class Source:
     name: str
 
 
-def find(paths: Iterable[str]) -> list[Source]:
+def find(paths: Iterable[str], told: Callable[[str], None] | None = None) -> list[Source]:
     """The images that the paths name, in their order.
 
-    A path is an image or array file, or a folder, which stands for its files with one of `EXTENSIONS`, sorted by name
-    (subfolders are left alone). ``skimage:chelsea``, or ``chelsea`` where no such file exists, is a photograph that
-    comes with scikit-image. A file named twice is taken once; a second file of the same stem is called ``stem-2``.
+    A path is an image or array file, or a folder, which stands for its files with one of `EXTENSIONS`, sorted by name.
+    Of a folder, subfolders, hidden files, other files and pictures that `certify` has drawn are passed over.
+    ``skimage:chelsea``, or ``chelsea`` where no such file exists, is a photograph that comes with scikit-image. A file
+    named twice is taken once; a second file of the same stem is called ``stem-2``; a stem that leaves no room for the
+    suffixes of the results is cut, and told apart by a hash.
+
+    Args:
+        told: is told what was passed over, in one line for each folder.
 
     Raises:
         ImageError: no such file, no image in a folder, or nothing at all.
     """
     files: dict[Path, Path] = {}
     for path in paths:
-        for file in _expand(path):
+        for file in _expand(path, told or (lambda line: None)):
             files.setdefault(file.resolve(), file)
     if not files:
         raise ImageError("no image was named")
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     sources = []
     for file in files.values():
-        name, copy = file.stem, 2
+        stem = _short(file.stem)
+        name, copy = stem, taken.get(stem, 1)
         while name in taken:
-            name, copy = f"{file.stem}-{copy}", copy + 1
-        taken.add(name)
+            copy += 1
+            name = f"{stem}-{copy}"
+        taken[stem] = copy
+        taken.setdefault(name, 1)
         sources.append(Source(file, name))
     return sources
 
 
-def _expand(path: str) -> list[Path]:
+def _short(stem: str) -> str:
+    data = os.fsencode(stem)
+    if len(data) <= _LONGEST_STEM:
+        return stem
+    mark = hashlib.sha256(data).hexdigest()[:8]
+    return f"{data[: _LONGEST_STEM - 9].decode(errors='ignore')}-{mark}"
+
+
+def _expand(path: str, told: Callable[[str], None]) -> list[Path]:
     file = Path(path)
     if file.is_dir():
-        found = sorted(entry for entry in file.iterdir() if entry.suffix.lower() in EXTENSIONS and entry.is_file())
+        found, passed_over = _in_folder(file)
         if not found:
-            raise ImageError(f"{path}: no image in this folder; takes {' '.join(EXTENSIONS)}")
+            raise ImageError(f"{path}: no image in this folder; expected one of {' '.join(EXTENSIONS)}")
+        if passed_over:
+            parts = [f"{kind} {listed(names)}" for kind, names in passed_over.items()]
+            told(f"{path}: passed over {'; '.join(parts)}")
         return found
     if file.exists():
         return [file]
@@ -97,6 +126,37 @@ def _expand(path: str) -> list[Path]:
     if path.startswith(PACKAGED):
         raise ImageError(f"{path}: scikit-image brings no photograph of this name (pip install scikit-image)")
     raise ImageError(f"{path}: no such file or folder")
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Its images, and by kind the names of everything else."""
+    found: list[Path] = []
+    passed_over: dict[str, list[str]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            kind = "hidden"
+        elif entry.is_dir():
+            kind = "the folder"
+        elif entry.suffix.lower() not in EXTENSIONS or not entry.is_file():
+            kind = "no image"
+        elif drawn_by_us(entry):
+            kind = "drawn by certify"
+        else:
+            found.append(entry)
+            continue
+        passed_over.setdefault(kind, []).append(entry.name)
+    return found, passed_over
+
+
+def drawn_by_us(path: Path) -> bool:
+    """Whether a file is a picture that `certify` drew of a certificate, which says so in its first bytes."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with open(path, "rb") as file:
+            return DRAWN.encode() in file.read(4096)
+    except OSError:
+        return False
 
 
 def _packaged(name: str) -> Path | None:
@@ -128,7 +188,11 @@ def read(path: Path, preprocess: Preprocess) -> torch.Tensor:
 
 
 def open_rgb(path: Path) -> Image:
-    """The image in RGB and upright (EXIF orientation); of several frames the first. Raises `ImageError`."""
+    """The image in RGB and upright (EXIF orientation); of several frames or pages the first.
+
+    Transparent parts are shown on white, as a browser shows them: what colour they have in the file does not count.
+    Raises `ImageError`.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -136,17 +200,41 @@ def open_rgb(path: Path) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=sorted(set(_FORMATS.values()))) as image:
-                if image.mode[0] in "IF":
-                    raise ImageError(f"{path}: {image.mode} pixels, takes 8 bits per channel (or a float .npy file)")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                if image.mode[0] in "IF" or _deep(image):
+                    raise ImageError(
+                        f"{path}: more than 8 bits per channel, expected 8 (or a float .npy file): "
+                        "they would be clipped or cut off"
+                    )
+                return _on_white(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: gigantic image, more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image; takes {' '.join(EXTENSIONS)}") from error
+        raise ImageError(f"{path}: not an image; expected one of {' '.join(EXTENSIONS)}") from error
     except ImageError:
         raise
     except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, ValueError: each format has its own
         raise ImageError(f"{path}: cannot be read: {error}") from error
+
+
+def _deep(image: Image) -> bool:
+    """Whether Pillow would cut 16 bits of a channel to 8, which it does for some modes without a word."""
+    for codec, _, _, arguments in getattr(image, "tile", ()):
+        parts = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(part, str) and ";16" in part for part in parts):
+            return True
+        if codec.startswith("ppm") and parts[-1] > 255:  # the largest value
+            return True
+    return False
+
+
+def _on_white(image: Image) -> Image:
+    """In RGB."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layers = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
 
 def to_tensor(image: Image) -> torch.Tensor:
@@ -173,14 +261,9 @@ def centre_crop(size: int, *, fraction: float = 1.0, interpolation: str = "bicub
     return preprocess
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the tensor's values in C order, as hexadecimal digits."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-
-
 def image_id(tensor: torch.Tensor) -> int:
-    """The image's number in the noise stream: the first 32 bits of `digest`, so that it depends on nothing else."""
-    return int(digest(tensor)[:8], 16)
+    """The image's number in the noise stream: the first 32 bits of `values_hash`, so it depends on nothing else."""
+    return int(values_hash(tensor)[:8], 16)
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -215,7 +298,7 @@ def _rgb_from_array(path: Path, array: np.ndarray) -> Image:
         raise ImageError(f"{path}: uint8 array of shape {array.shape}, takes [H, W] or [H, W, C] with C of 1, 3 or 4")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return _on_white(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def _checked(tensor: object, what: str) -> torch.Tensor:

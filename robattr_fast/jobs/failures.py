@@ -11,3 +11,8 @@ EXPECTED = (ValueError, TypeError, OSError, ModelError, BackendError, MergeError
 def one_line(error: BaseException) -> str:
     """The message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """The message on one line, after the kind of error where that is not an expected one."""
+    return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)}"

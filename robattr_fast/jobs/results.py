@@ -1,27 +1,22 @@
-"""What a run leaves behind: numbers for people, for programs (TSV) and for the record."""
+"""What `certify` says of each image: in full precision for programs, and for the record."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from robattr_fast import backends
 from robattr_fast.certificates import Certificate
-from robattr_fast.certificates.settings import Settings
-from robattr_fast.files import write_atomically
-from robattr_fast.jobs.record import CERTIFICATE, MANIFEST, TABLE, Record
+from robattr_fast.inputs.names import cell, from_cell
+from robattr_fast.jobs.folder import Folder
+from robattr_fast.jobs.record import CERTIFICATE, PICTURE, Record
 from robattr_fast.machine import device_model, versions
-from robattr_fast.report.rounding import percent, radius, rounded_cosine
-
-_STAR = "*"  # of a share that second moments certify
+from robattr_fast.report import words
 
 
 class Label(NamedTuple):
@@ -36,9 +31,13 @@ def label(cert: Certificate, class_names: Sequence[str] | None) -> Label:
     """The prediction of a certificate of one image."""
     assert cert.class_counts is not None
     index = int(cert.class_counts[0].argmax())
-    name = class_names[index] if class_names is not None and index < len(class_names) else str(index)
     certified = float(cert.prediction().radius[0]) if cert.settings.ledger.label > 0 else 0.0
-    return Label(index, name, certified)
+    return Label(index, class_name(index, class_names), certified)
+
+
+def class_name(index: int, class_names: Sequence[str] | None) -> str:
+    """The name of a class, or its number."""
+    return str(class_names[index]) if class_names is not None and index < len(class_names) else str(index)
 
 
 @dataclass
@@ -57,10 +56,21 @@ class Row:
     samples: int
     invalid: int
     bound: str
-    reason: str | None
-    """Why ``bound`` is not the one asked for."""
-    settings: Settings
+    sigma: float
+    tau: float | None
+    gamma: float | None
+    levels: int | None
+    alpha: float
+    n: int
     seconds: float
+    values: int | None = None
+    """Of the image: pixels times channels."""
+    own: tuple[int, str] | None = None
+    """The class that the model gives to the image itself, and its name; None where it was not asked."""
+    reason: str | None = None
+    """Why ``bound`` is not the one asked for."""
+    nothing: str | None = None
+    """Why nothing of the top set is certified, if so."""
     index: int = 0
     """Its place in the run."""
 
@@ -75,10 +85,13 @@ class Row:
         name: str = "",
         source: str = "",
         seconds: float = 0.0,
+        values: int | None = None,
+        own: tuple[int, str] | None = None,
         index: int = 0,
     ) -> Row:
         """What ``cert``, of one image, says; it is not kept, for a run may have thousands."""
-        overlaps, ids = cert.overlap(k, radii), cert.settings.image_ids
+        settings, ids = cert.settings, cert.settings.image_ids
+        overlaps = cert.overlap(k, radii)
         return cls(
             name=name,
             source=source,
@@ -91,46 +104,95 @@ class Row:
             samples=int(cert.samples[0]),
             invalid=int(cert.invalid[0]),
             bound=cert.evaluated_bound,
-            reason=cert.reason,
-            settings=cert.settings,
+            sigma=settings.sigma,
+            tau=settings.tau,
+            gamma=settings.gamma,
+            levels=settings.levels,
+            alpha=settings.alpha,
+            n=settings.n,
             seconds=seconds,
+            values=values,
+            own=own,
+            index=index,
+        ).explained(cert, radii)
+
+    def explained(self, cert: Certificate, radii: Sequence[float]) -> Row:
+        """With what the table does not hold."""
+        nothing = None if any(self.shares) else words.nothing_certified(cert, self.k, radii)
+        return dataclasses.replace(self, reason=cert.reason, nothing=nothing)
+
+    @property
+    def classes(self) -> str:
+        """For people: of the noisy copies, and of the image itself where that is another."""
+        return words.classes(self.label.name, None if self.own is None else self.own[1])
+
+    @property
+    def differs(self) -> str | None:
+        """What is to be said where noisy copies are of another class than the image itself."""
+        if self.own is None or self.own[0] == self.label.number:
+            return None
+        return words.differing(self.own[1], self.label.name)
+
+    @classmethod
+    def from_tsv(cls, row: dict[str, str], radii: Sequence[float], index: int) -> Row:
+        """Inverse of `tsv`, for these radii. Raises KeyError or ValueError where the table has no such row."""
+
+        def number(text: str) -> float | None:
+            return None if text == "" else float(text)
+
+        def each(quantity: str) -> list[str]:
+            return [row[f"{quantity}@{at:g}"] for at in radii]
+
+        return cls(
+            name=from_cell(row["name"]),
+            source=from_cell(row["source"]),
+            image_id=None if row["image_id"] == "" else int(row["image_id"]),
+            label=Label(int(row["class"]), from_cell(row["class_name"]), float(row["label_radius"])),
+            k=int(row["k"]),
+            shares=[float(share) for share in each("overlap")],
+            methods=each("method"),
+            cosines=[number(cosine) for cosine in each("cosine")],
+            samples=int(row["samples"]),
+            invalid=int(row["invalid"]),
+            bound=row["bound"],
+            sigma=float(row["sigma"]),
+            tau=number(row["tau"]),
+            gamma=number(row["gamma"]),
+            levels=None if row["levels"] == "" else int(row["levels"]),
+            alpha=float(row["alpha"]),
+            n=int(row["n"]),
+            seconds=float(row["seconds"]),
+            values=int(row["values"]),
+            own=None if row["model_class"] == "" else (int(row["model_class"]), from_cell(row["model_class_name"])),
             index=index,
         )
 
-    def cells(self) -> list[str]:
-        """What the table says of each radius: the share, a star if second moments certify it, below it the cosine."""
-        starred = "second-moment" in self.methods
-        cells = []
-        for share, method, cosine in zip(self.shares, self.methods, self.cosines, strict=True):
-            star = f" {_STAR}" if method == "second-moment" else "  " if starred else ""
-            below = f"\n[not bold dim]cos {rounded_cosine(cosine)}[/]" if cosine else ""
-            cells.append(percent(share) + star + below)
-        return cells
-
     def tsv(self, radii: Sequence[float]) -> dict[str, Any]:
         """Columns of certificates.tsv, in full precision."""
-        settings = self.settings
         return {
-            "name": self.name,
-            "source": self.source,
+            "name": cell(self.name),
+            "source": cell(self.source),
             "image_id": self.image_id,
             "class": self.label.number,
-            "class_name": self.label.name,
+            "class_name": cell(self.label.name),
             "label_radius": self.label.radius,
             "samples": self.samples,
             "invalid": self.invalid,
-            "sigma": settings.sigma,
-            "tau": settings.tau,
-            "gamma": settings.gamma,
-            "levels": settings.levels,
-            "alpha": settings.alpha,
+            "sigma": self.sigma,
+            "tau": self.tau,
+            "gamma": self.gamma,
+            "levels": self.levels,
+            "alpha": self.alpha,
             "bound": self.bound,
-            "n": settings.n,
+            "n": self.n,
             "k": self.k,
             **_per_radius("overlap", radii, self.shares),
             **_per_radius("method", radii, self.methods),
             **_per_radius("cosine", radii, self.cosines),
             "seconds": round(self.seconds, 3),
+            "values": self.values,
+            "model_class": None if self.own is None else self.own[0],
+            "model_class_name": None if self.own is None else cell(self.own[1]),
         }
 
 
@@ -138,109 +200,63 @@ def _per_radius(quantity: str, radii: Sequence[float], values: Sequence[Any]) ->
     return {f"{quantity}@{at:g}": value for at, value in zip(radii, values, strict=True)}
 
 
+def describe(settings: dict[str, Any], model_fingerprint: str, device: torch.device) -> dict[str, Any]:
+    """What the manifest says of a run."""
+    return {
+        "settings": settings,
+        "model_fingerprint": model_fingerprint,
+        "versions": versions(),
+        "device": {"name": str(device), "model": device_model(device), "threads": torch.get_num_threads()},
+        "backends": {row.operator: row.backend for row in backends.explain() if row.device == device.type},
+    }
+
+
+def entry(row: Row, cert: Certificate) -> dict[str, Any]:
+    """What the manifest says of an image."""
+    settings = cert.settings
+    return {
+        "name": row.name,
+        "source": row.source,
+        "image_id": row.image_id,
+        "input_hash": (settings.input_hashes or (None,))[0],
+        "batch_size": settings.batch_size,
+        "memory_format": settings.memory_format,
+        "files": [f"{row.name}{CERTIFICATE}", f"{row.name}{PICTURE}"],
+        "seconds": round(row.seconds, 3),
+    }
+
+
 @dataclass
 class Results:
-    """Collects the images of a run; everything in the folder is complete after each of them."""
+    """The images of a run: kept as rows of numbers, and noted in its folder one by one."""
 
-    folder: Path
+    folder: Folder
     settings: dict[str, Any]
-    radii: list[float]
-    device: torch.device
-    earlier: dict[str, Record] = field(default_factory=dict)
-    """Of the same run, before it was interrupted: kept in table and manifest until the image's turn has come."""
+    run: dict[str, Any]
+    """What the manifest says of it, see `describe`."""
     rows: list[Row] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    interrupted: bool = False
 
-    def add(self, row: Row) -> None:
-        self.earlier.pop(row.name, None)
+    @property
+    def radii(self) -> list[float]:
+        return self.settings["radius"]
+
+    def add(self, row: Row, noted: dict[str, Any], record: Record) -> None:
+        """An image. Nothing is written where the ``record`` says the same already."""
         self.rows.append(row)
-        self.rows.sort(key=lambda one: one.index)
-        self._write()
+        same = record.settings == self.settings and {**record.image, "run": None} == {**noted, "run": None}
+        said = {name: "" if value is None else str(value) for name, value in row.tsv(self.radii).items()}
+        same = same and row.name not in self.folder.before.failures
+        if not (same and all(record.row.get(name) == text for name, text in said.items())):
+            self.folder.add(self.run, noted, row.tsv(self.radii))
 
     def fail(self, name: str, source: Path, error: str) -> None:
-        self.earlier.pop(name, None)
+        """An image without a result."""
         self.failures.append({"name": name, "source": str(source), "error": error})
-        self._write()
+        self.folder.fail(self.failures[-1])
 
-    def _write(self) -> None:
-        rows: list[dict[str, Any]] = [row.tsv(self.radii) for row in self.rows]
-        rows += [record.row for record in self.earlier.values() if record.row]
-        if rows:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, rows[0].keys(), delimiter="\t", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(self.folder / TABLE, text.getvalue().encode())
-        manifest = json.dumps(self._manifest(), indent=2, allow_nan=False)
-        write_atomically(self.folder / MANIFEST, manifest.encode() + b"\n")
-
-    def _manifest(self) -> dict[str, Any]:
-        used = self.rows[0].settings if self.rows else None
-        return {
-            "settings": self.settings,
-            "model_fingerprint": used and used.model_fingerprint,
-            "versions": versions(),
-            "device": {
-                "name": str(self.device),
-                "model": device_model(self.device),
-                "threads": torch.get_num_threads(),
-            },
-            "backends": {row.operator: row.backend for row in backends.explain() if row.device == self.device.type},
-            "images": [
-                {
-                    "name": row.name,
-                    "source": row.source,
-                    "image_id": row.image_id,
-                    "input_hash": (row.settings.input_hashes or (None,))[0],
-                    "batch_size": row.settings.batch_size,
-                    "memory_format": row.settings.memory_format,
-                    "files": [f"{row.name}{CERTIFICATE}", f"{row.name}.png"],
-                    "seconds": round(row.seconds, 3),
-                }
-                for row in self.rows
-            ]
-            + [record.image for record in self.earlier.values()],
-            "failures": self.failures,
-        }
-
-    def table(self) -> Table:
-        """One row per image."""
-        table = Table(
-            title=f"Share of the top {100 * self.settings['k']:.3g} % of the map that provably stays, by L2 radius",
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            padding=(0, 2, 0, 0),
-        )
-        table.add_column("image", overflow="fold")
-        for at in self.radii:
-            table.add_column(f"{at:g}", justify="right", style="bold cyan", no_wrap=True)
-        table.add_column("class", overflow="fold")
-        table.add_column("class certified to", justify="right", overflow="fold")
-        table.add_column("samples", justify="right", overflow="fold")
-        table.add_column("time", justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(
-                row.name,
-                *row.cells(),
-                row.label.name,
-                radius(row.label.radius) if row.label.radius > 0 else "abstains",
-                str(row.samples),
-                f"{row.seconds:.0f} s",
-            )
-        return table
-
-    def footnote(self) -> str:
-        """What the table's numbers mean."""
-        first = self.rows[0]
-        note = (
-            f"With confidence {100 * (1 - first.settings.alpha):g} %, whatever the perturbation of that L2 norm "
-            f"(pixels in [0, 1]; noise sigma {first.settings.sigma:g}; {first.bound} bounds)."
-        )
-        for reason in dict.fromkeys(row.reason for row in self.rows if row.reason):
-            note += f" {reason[0].upper()}{reason[1:]}."
-        if any("second-moment" in row.methods for row in self.rows):
-            note += f" {_STAR} by second moments, the others element by element."
-        if any(any(row.cosines) for row in self.rows):
-            note += " cos: least cosine of the map with the perturbed one."
-        return note
+    def settle(self, order: Iterable[str]) -> None:
+        """At the end: rows and the folder's manifest and table in the order of the run."""
+        self.rows.sort(key=lambda row: row.index)
+        self.folder.settle(self.run, order)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from robattr_fast.certificates import Certificate, StopWhen
+from robattr_fast.certificates import Certificate
 from robattr_fast.errors import CertificateFileError
 from robattr_fast.inputs import images
-from robattr_fast.jobs.record import CERTIFICATE, CHECKPOINT, Record, read_record
+from robattr_fast.jobs.folder import Folder, Say
+from robattr_fast.jobs.options import stop_rule
+from robattr_fast.jobs.record import CERTIFICATE, CHECKPOINT, PICTURE, Record
+from robattr_fast.jobs.results import Row
 from robattr_fast.model import input_hash
 from robattr_fast.ops import _check
 
@@ -36,33 +39,21 @@ SAMPLING = (
 """The options that samples and certificate depend on, as arguments of `certify`."""
 
 
-def stop_rule(settings: dict[str, Any], n: int) -> StopWhen | None:
-    """The stop rule of the options for maps of ``n`` elements."""
-    overlap, radius = settings["stop_overlap"], settings["stop_radius"]
-    if (overlap is None) != (radius is None):
-        raise ValueError("stop-overlap, stop-radius: got one of them, takes both")
-    return None if overlap is None else StopWhen(max(1, int(settings["k"] * n)), radius, overlap)
-
-
 class Earlier:
     """What the folder held before this run. ``fresh``: nothing of it counts."""
 
-    def __init__(
-        self, folder: Path, sources: Sequence[images.Source], *, fresh: bool, warn: Callable[[str], None]
-    ) -> None:
-        self._folder, self._fresh, self._warn = folder, fresh, warn
-        # Read before this run writes its own manifest.
-        self._records = {} if fresh else {source.name: read_record(self._file(source)) for source in sources}
+    def __init__(self, folder: Folder, sources: Sequence[images.Source], *, fresh: bool, say: Say) -> None:
+        self._folder, self._fresh, self._say = folder, fresh, say
         if fresh:
             for source in sources:
                 self.checkpoint(source).unlink(missing_ok=True)
 
     def _file(self, source: images.Source) -> Path:
-        return self._folder / f"{source.name}{CERTIFICATE}"
+        return self._folder.file(source.name, CERTIFICATE)
 
     def checkpoint(self, source: images.Source) -> Path:
         """Where the unfinished samples of an image are kept."""
-        return self._folder / f"{source.name}{CHECKPOINT}"
+        return self._folder.file(source.name, CHECKPOINT)
 
     def held(self, source: images.Source) -> tuple[int, ...]:
         """The ids of the images in the checkpoint named after this one; none if it cannot be read."""
@@ -74,33 +65,25 @@ class Earlier:
     def finished(
         self, source: images.Source, x: torch.Tensor, fingerprint: str, settings: dict[str, Any], device: torch.device
     ) -> Certificate | None:
-        """The certificate of this image, model and settings, if the folder has it and nothing is left to sample."""
+        """The certificate of this image, model and settings, if the folder has it and nothing is left to sample.
+
+        Raises ValueError if the certificate of that name is of another image, from another place.
+        """
         if self._fresh or not self._file(source).exists():
             return None
         try:
             cert = Certificate.load(self._file(source))
         except CertificateFileError:
             return None  # it is sampled anew
-        tau, gamma = _check.fractions(settings["tau"], settings["gamma"])
-        target = settings["target"]
-        wanted = {name: settings[name] for name in SAMPLING if name not in ("samples", "keep_samples")} | {
-            "tau": tau,
-            "gamma": gamma,
-            "target": None if target is None else (target,),
-            "planned_samples": (settings["samples"],),
-            "image_ids": (images.image_id(x),),
-            "input_hashes": (input_hash(x),),
-            "model_fingerprint": fingerprint,
-            "device": str(device),
-            "exploration": None,
-        }
-        differ = [name for name, value in wanted.items() if getattr(cert.settings, name) != value]
-        if (cert.packed is not None) != settings["keep_samples"]:
-            differ.append("keep_samples")
+        of_image = {"image_ids": (images.image_id(x),), "input_hashes": (input_hash(x),), "exploration": None}
+        differ = _differences(cert, settings, fingerprint, device)
+        differ += [name for name, value in of_image.items() if getattr(cert.settings, name) != value]
         if differ:
+            self._spare_another(source, differ)
             samples = int(cert.samples[0])
-            self._warn(
-                f"{self._file(source)} of {samples} samples is of another run ({', '.join(differ)}): it is replaced"
+            self._say(
+                "warning",
+                f"{self._file(source)} of {samples} samples is of another run ({', '.join(differ)}): it is replaced",
             )
             return None
         if not cert.stopped_off_plan:
@@ -108,20 +91,73 @@ class Earlier:
         stop = stop_rule(settings, cert.settings.n)
         return cert if stop and float(cert.overlap(stop.k, stop.radius).share) >= stop.overlap else None
 
-    def _record(self, source: images.Source) -> Record:
-        return self._records.get(source.name, Record())
+    def check_checkpoints(
+        self, sources: Sequence[images.Source], fingerprint: str, settings: dict[str, Any], device: torch.device
+    ) -> None:
+        """ValueError before anything is sampled if unfinished samples are of another run: they would be lost."""
+        for source in sources:
+            path = self.checkpoint(source)
+            if not path.exists():
+                continue
+            try:
+                cert = Certificate.load(path)
+            except CertificateFileError:
+                continue  # refused where it is used
+            differ = [name for name in _differences(cert, settings, fingerprint, device) if name != "keep_samples"]
+            if differ:
+                raise ValueError(
+                    f"checkpoint: {path} holds another run (differs in {', '.join(differ)}); "
+                    "expected the options of that run, another --out, or --fresh"
+                )
+
+    def _spare_another(self, source: images.Source, differ: list[str]) -> None:
+        """The same name, but neither the same image nor the same file: two photographs of one stem."""
+        known = self.record(source).source
+        if "input_hashes" in differ and known is not None and Path(known).resolve() != source.path.resolve():
+            raise ValueError(
+                f"{self._file(source)} is of {known} and would be replaced; expected another --out, or --fresh"
+            )
+
+    def record(self, source: images.Source) -> Record:
+        """What the folder's manifest and table said of the image; with `fresh` nothing."""
+        return Record() if self._fresh else self._folder.before.of(self._file(source), strict=False)
 
     def seconds(self, source: images.Source, cert: Certificate, settings: dict[str, Any]) -> float:
         """What earlier runs with the same options spent on the samples of this image, as far as it was written down."""
-        record = self._record(source)
+        record = self.record(source)
         same = record.image.get("input_hash") in (cert.settings.input_hashes or ())
         same = same and all((record.settings or {}).get(name) == settings[name] for name in SAMPLING)
         return (record.seconds or 0.0) if same else 0.0
 
-    def of_this_run(self, settings: dict[str, Any]) -> dict[str, Record]:
-        """By name what an earlier run with the same settings wrote of the images."""
-        return {name: record for name, record in self._records.items() if record.image and record.settings == settings}
+    def row(self, source: images.Source, cert: Certificate, settings: dict[str, Any], index: int) -> Row | None:
+        """The row of a finished certificate as it was written, if these settings ask for the same numbers."""
+        record = self.record(source)
+        if record.settings != settings or record.image.get("input_hash") not in (cert.settings.input_hashes or ()):
+            return None
+        try:
+            row = Row.from_tsv(record.row, settings["radius"], index)
+        except (KeyError, ValueError):
+            return None
+        row.seconds = self.seconds(source, cert, settings)
+        row = row.explained(cert, settings["radius"])
+        return row if row.samples == int(cert.samples[0]) and row.source == str(source.path) else None
 
     def drawn(self, source: images.Source, settings: dict[str, Any]) -> bool:
         """Whether the picture of a finished certificate shows what these settings ask for."""
-        return self._record(source).settings == settings and (self._folder / f"{source.name}.png").exists()
+        return self.record(source).settings == settings and self._folder.file(source.name, PICTURE).exists()
+
+
+def _differences(cert: Certificate, settings: dict[str, Any], fingerprint: str, device: torch.device) -> list[str]:
+    """In what a certificate is not of these options, model and device, whatever its images are."""
+    tau, gamma = _check.fractions(settings["tau"], settings["gamma"])
+    target, images = settings["target"], len(cert)
+    wanted = {name: settings[name] for name in SAMPLING if name not in ("samples", "keep_samples")} | {
+        "tau": tau,
+        "gamma": gamma,
+        "target": None if target is None else (target,) * images,
+        "planned_samples": (settings["samples"],) * images,
+        "model_fingerprint": fingerprint,
+        "device": str(device),
+    }
+    differ = [name for name, value in wanted.items() if getattr(cert.settings, name) != value]
+    return differ + (["keep_samples"] if (cert.packed is not None) != settings["keep_samples"] else [])

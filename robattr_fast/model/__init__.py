@@ -16,7 +16,7 @@ from robattr_fast.model.gradient import (
     scores,
     selected_logits,
 )
-from robattr_fast.model.identity import explanation_name, fingerprint, input_hash, is_identified
+from robattr_fast.model.identity import explanation_name, fingerprint, input_hash, is_identified, values_hash
 from robattr_fast.model.private import batch_sizes, check_mode, private_copy
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "private_copy",
     "scores",
     "selected_logits",
+    "values_hash",
 ]

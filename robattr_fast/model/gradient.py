@@ -71,10 +71,12 @@ def checked_logits(logits: object, batch: torch.Tensor) -> torch.Tensor:
 def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """f_c per sample [N]: c is ``target`` [N], or the largest logit of that very sample where target is None."""
     index = logits.detach().argmax(dim=1) if target is None else target
-    # On a device this would be waited for, and could not be captured.
-    if not index.is_cuda and not bool(((index >= 0) & (index < logits.shape[1])).all()):
-        raise ValueError(f"target: got {index.tolist()}, expected classes in [0, {logits.shape[1]})")
-    return logits.gather(1, index[:, None])[:, 0]
+    try:
+        return logits.gather(1, index[:, None])[:, 0]
+    except (RuntimeError, IndexError) as error:  # on a CPU; reading the classes would wait for a device
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"target: got {index.tolist()}, expected classes in [0, {logits.shape[1]})") from error
 
 
 def input_gradient(

@@ -67,8 +67,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def values_hash(tensor: torch.Tensor, before: str = "") -> str:
+    """SHA-256, in hexadecimal digits, of a text and the values in C order."""
+    digest = hashlib.sha256(before.encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def input_hash(x: torch.Tensor) -> str:
     """SHA-256 of one image: dtype, shape, bytes."""
-    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
-    digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return values_hash(x, f"{x.dtype} {tuple(x.shape)}")

@@ -72,8 +72,7 @@ def register(
         return out
 
     def defined(*args):
-        with torch.autocast(backends.subject(args).device.type, enabled=False):
-            return definition(**dict(zip((argument.name for argument in schema), complete(args), strict=True)))
+        return definition(**dict(zip((argument.name for argument in schema), complete(args), strict=True)))
 
     def define(*args, out):
         for result, value in zip(_as_tuple(out), _as_tuple(defined(*args)), strict=True):

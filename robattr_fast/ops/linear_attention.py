@@ -218,10 +218,9 @@ def _triple_backward(ctx, *grads):
     tensors, (feature_map, causal, normalize, mask, eps) = _saved(ctx)
 
     def define(*tensors):
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return definition_of_double_backward(
-                *tensors, feature_map=feature_map, causal=causal, normalize=normalize, key_padding_mask=mask, eps=eps
-            )
+        return definition_of_double_backward(
+            *tensors, feature_map=feature_map, causal=causal, normalize=normalize, key_padding_mask=mask, eps=eps
+        )
 
     if torch._C._are_functorch_transforms_active():
         return torch.func.vjp(define, *tensors)[1](grads)

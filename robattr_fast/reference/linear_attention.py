@@ -53,6 +53,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robattr_fast.reference._autocast import without_autocast
+
 FEATURE_MAPS = ("elu", "relu", "squared_relu", "identity")
 
 
@@ -97,6 +99,7 @@ def _reciprocal(weights: Tensor, visible: Tensor, normalize: bool, eps: float) -
     return torch.where(overflows, 0, 1 / torch.where(overflows, 1, d))
 
 
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -161,6 +164,7 @@ def _first_order(
     return _FirstOrder(visible, v, a, b, weights, r, n, w, e, pairs)
 
 
+@without_autocast
 def linear_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -181,6 +185,7 @@ def linear_attention_backward(
     return (a_slope * (pairs @ b)).to(dtype), of_k.to(dtype), of_v.to(dtype)
 
 
+@without_autocast
 def linear_attention_double_backward(
     u_q: Tensor,
     u_k: Tensor,

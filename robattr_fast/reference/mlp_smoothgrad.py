@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from robattr_fast.reference._autocast import without_autocast
 from robattr_fast.reference.count_sparsified import count_sparsified_
 from robattr_fast.reference.noisy_samples import noisy_samples
 
@@ -23,6 +24,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Te
 }
 
 
+@without_autocast
 def gradient_sizes(
     z: torch.Tensor,
     weights: Sequence[torch.Tensor],

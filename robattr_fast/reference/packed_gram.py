@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from robattr_fast.reference._autocast import without_autocast
 from robattr_fast.reference._pack_levels import ROW_ALIGNMENT, bits_per_element, unpack_levels
 
 # A float32 sum of products of levels is exact below 2^24: 15 * 15 * 2^14 is.
@@ -25,6 +26,7 @@ def check_packed(rows: Tensor, num_levels: int, other: Tensor | None, mask: Tens
             raise ValueError(f"{name} must have rows of {rows.shape[-1]} bytes like rows, got {tensor.shape[-1]}")
 
 
+@without_autocast
 def packed_gram(rows: Tensor, num_levels: int, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Inner products of packed rows, in units of levels (divide by ``num_levels ** 2`` for maps in [0, 1]).
 

@@ -7,7 +7,7 @@ import importlib.resources
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from string import Template
@@ -18,9 +18,11 @@ import torch
 
 from robattr_fast.certificates import Certificate
 from robattr_fast.certificates.theorems.membership import membership
+from robattr_fast.inputs.names import printable
 from robattr_fast.report import picture, words
-from robattr_fast.report.rounding import percent, rounded_cosine
+from robattr_fast.report.rounding import grey_levels, percent, psnr, rounded_cosine, rounded_psnr
 from robattr_fast.report.rounding import radius as shown_radius
+from robattr_fast.report.sizes import size_words, top_size
 
 _STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
 _PALE = (0.55, 0.45)  # grey level of black, and what white adds
@@ -40,6 +42,7 @@ class Entry:
         cert: of this one image, with maps [n], [H, W] or [C, H, W].
         image: the model's input [C, H, W] in [0, 1], of the height and width of the maps; None: the map alone is shown.
         class_name: of the class that most samples vote for.
+        own_class: of the class that the model gives to the image itself; empty: not known.
         remarks: printed above the pictures, beside those on the certificate itself.
         attacked: (k, L2 radius, share) of the top-k that an attack left, drawn beside what is certified.
 
@@ -51,6 +54,7 @@ class Entry:
     cert: Certificate
     image: torch.Tensor | None = None
     class_name: str = ""
+    own_class: str = ""
     remarks: Sequence[str] = field(default_factory=tuple)
     attacked: Sequence[tuple[int, float, float]] = field(default_factory=tuple)
 
@@ -71,17 +75,12 @@ def radius_steps(certs: Sequence[Certificate], shares: Sequence[float], radii: S
     """Equal steps of a round size from 0 to where every certificate has faded (2 % are left), and past ``radii``."""
     ends = [*radii]
     for cert in certs:
-        ends += [float(cert.radius(top_size(cert, share), 0.02)[0]) for share in shares]
+        ends += [float(cert.radius(top_size(share, cert.settings.n), 0.02)[0]) for share in shares]
     end = max(end for end in (*ends, 0.0) if math.isfinite(end)) or certs[0].settings.sigma
     least = end / _STEPS
     power = 10.0 ** math.floor(math.log10(least))
     step = next(round(factor * power, 15) for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     return [float(f"{index * step:.12g}") for index in range(math.ceil(end / step - 1e-9) + 1)]
-
-
-def top_size(cert: Certificate, share: float) -> int:
-    """The number of elements in the top set of this share."""
-    return max(1, int(share * cert.settings.n))
 
 
 def certified_steps(cert: Certificate, k: int, grid: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +97,10 @@ class Shown:
     def __init__(self, entry: Entry, shares: Sequence[float], grid: list[float]) -> None:
         self.entry, self.shares, self.grid = entry, shares, grid
         self.sets: list[dict[str, Any]] = []
-        curves = [_curves(entry.cert, top_size(entry.cert, share), grid) for share in shares]
+        curves = [_curves(entry.cert, top_size(share, entry.cert.settings.n), grid) for share in shares]
         self.methods = list(dict.fromkeys(name for of_share in curves for name in of_share))
         for share, by_method in zip(shares, curves, strict=True):
-            k = top_size(entry.cert, share)
+            k = top_size(share, entry.cert.settings.n)
             inside, outside = certified_steps(entry.cert, k, grid)
             steps = np.arange(len(grid))[:, None]
             self.sets.append(
@@ -132,7 +131,7 @@ class Shown:
         entry, cert = self.entry, self.entry.cert
         _, height, width = entry.picture_shape
         saliency = picture.display_map(cert.map[0].view(entry.picture_shape))
-        name = escape(entry.name)
+        name = shown_text(entry.name)
         photograph = ""
         if entry.image is not None:
             source = _png(entry.image.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -143,8 +142,8 @@ class Shown:
         return Template(asset("article.html")).substitute(
             index=index,
             name=name,
-            facts=escape(_facts(entry)),
-            remarks="".join(f'<p class="note">{escape(text)}</p>' for text in [*entry.remarks, *words.remarks(cert)]),
+            facts=shown_text(_facts(entry)),
+            remarks=notes([*entry.remarks, *words.remarks(cert)]),
             photograph=photograph,
             map=_png(colormaps["magma"](saliency)[:, :, :3]),
             width=width,
@@ -155,12 +154,22 @@ class Shown:
             key="".join(_key(i, method) for i, method in enumerate(self.methods))
             + (_ATTACKED if entry.attacked else ""),
             columns="".join(f'<th scope="col">{radius:g}</th>' for radius in radii),
-            rows=_rows(cert, self.shares, radii),
+            rows=_rows(entry, self.shares, radii),
             manifest="".join(
-                f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value))}</td></tr>'
+                f'<tr><th scope="row">{shown_text(key)}</th><td>{shown_text(json.dumps(value))}</td></tr>'
                 for key, value in cert.settings.to_json().items()
             ),
         )
+
+
+def shown_text(text: str) -> str:
+    """Data as text of the page, whatever it holds."""
+    return escape(printable(text))
+
+
+def notes(texts: Iterable[str]) -> str:
+    """Remarks as paragraphs."""
+    return "".join(f'<p class="note">{shown_text(text)}</p>' for text in texts)
 
 
 def asset(name: str) -> str:
@@ -219,6 +228,8 @@ def _facts(entry: Entry) -> str:
         radius = float(cert.prediction().radius[0]) if settings.ledger.label > 0 else 0.0
         known = f"class {entry.class_name} ({number})" if entry.class_name else f"class {number}"
         facts.append(f"{known}, {f'certified to radius {shown_radius(radius)}' if radius > 0 else 'not certified'}")
+        if entry.own_class and entry.own_class != (entry.class_name or str(number)):
+            facts[-1] = f"noisy copies say {facts[-1]}; the model says {entry.own_class}"
     facts += [
         f"{int(cert.samples[0])} samples",
         f"noise sigma {settings.sigma:g}",
@@ -228,18 +239,28 @@ def _facts(entry: Entry) -> str:
     return " · ".join(facts)
 
 
-def _rows(cert: Certificate, shares: Sequence[float], radii: Sequence[float]) -> str:
-    rows = []
+def _rows(entry: Entry, shares: Sequence[float], radii: Sequence[float]) -> str:
+    cert = entry.cert
+    rows: list[tuple[str, list[str]]] = []
+    one_line: dict[str, str | None] = {}
     for share in shares:
-        k = top_size(cert, share)
+        k = top_size(share, cert.settings.n)
         kept = [percent(float(value)) for value in cert.overlap(k, radii).share[:, 0]]
-        rows.append((f"{100 * share:g} %, {k} elements", [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))]))
+        size = f"{size_words(share)}, {k} elements" if share < 1 else f"{k} elements"
+        rows.append((size, [*kept, shown_radius(float(cert.radius(k, 0.5)[0]))]))
+        one_line[size] = words.nothing_certified(cert, k, radii)
     if cert.has_second_moments:
         rows.append(("cosine with the map shown", [*(rounded_cosine(float(v)) for v in cert.cosine(radii)[:, 0]), ""]))
-    return "".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
-        for name, values in rows
-    )
+    rows.append(("values that may change by one grey level of 255", [*(f"{grey_levels(at)}" for at in radii), ""]))
+    if entry.image is not None:
+        rows.append(("PSNR", [*(rounded_psnr(psnr(at, entry.image.numel())) for at in radii), ""]))
+    lines = []
+    for name, values in rows:
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        if (nothing := one_line.get(name)) is not None:
+            cells = f'<td colspan="{len(values)}">{shown_text(nothing)}</td>'
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return "".join(lines)
 
 
 def _key(index: int, method: str) -> str:

@@ -63,7 +63,7 @@ function show() {
   const radius = page.radii[step];
   const share = page.shares[choice];
   const radiusText = String(radius);
-  const shareText = `${+(100 * share).toPrecision(3)} %`;
+  const shareText = page.labels[choice];
   document.getElementById("radius-shown").value = radiusText;
   document.getElementById("k-shown").value = shareText;
   radiusSlider.setAttribute("aria-valuetext", radiusText);

@@ -13,7 +13,8 @@ from html import escape
 from string import Template
 
 from robattr_fast.report import words
-from robattr_fast.report.entry import Entry, Shown, asset, radius_steps
+from robattr_fast.report.entry import Entry, Shown, asset, notes, radius_steps, shown_text
+from robattr_fast.report.sizes import size_words
 
 SHARES = (0.05, 0.1, 0.2, 0.5)
 """Sizes of the top set, as shares of all elements."""
@@ -25,19 +26,23 @@ def page(
     shares: Sequence[float] = SHARES,
     radii: Sequence[float] = (0.01, 0.03, 0.06),
     title: str = "Certified saliency maps",
+    left_out: Sequence[str] = (),
 ) -> str:
     """The HTML page.
 
     Args:
         entries: at least one.
-        shares: sizes of the top set that its slider offers, in (0, 1/2].
+        shares: sizes of the top set that its slider offers: shares of all elements in (0, 1/2], or numbers of them.
         radii: L2 radii of the tables; the slider of radii goes at least as far.
+        left_out: what could not be shown, and why; named at the top.
 
     Raises:
         ValueError: no entry, share or radius; an entry that does not hold one image of a shape that can be shown.
     """
     if not (entries and shares and radii):
-        raise ValueError(f"entries, shares, radii: got {len(entries)}, {len(shares)}, {len(radii)}, takes some of each")
+        raise ValueError(
+            f"entries, shares, radii: got {len(entries)}, {len(shares)}, {len(radii)}, expected some of each"
+        )
     shares = sorted(set(shares))
     attacked = [radius for entry in entries for _, radius, _ in entry.attacked]
     grid = radius_steps([entry.cert for entry in entries], shares, [*radii, *attacked])
@@ -45,19 +50,21 @@ def page(
     script, style = asset("page.js"), asset("page.css")
     start = min(range(len(grid)), key=lambda step: abs(grid[step] - sorted(radii)[len(radii) // 2]))
     first_share = min(range(len(shares)), key=lambda index: abs(shares[index] - 0.2))
-    data = {"radii": grid, "shares": list(shares), "certificates": [one.data() for one in shown]}
+    labels = [size_words(share) for share in shares]
+    data = {"radii": grid, "shares": list(shares), "labels": labels, "certificates": [one.data() for one in shown]}
     return Template(asset("page.html")).substitute(
-        title=escape(title),
+        title=shown_text(title),
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
         f"style-src {_source(style)}; script-src {_source(script)}",
         lead=escape(_lead(entries)),
+        left_out=notes(f"Left out: {text}" for text in left_out),
         style=style,
         script=script,
         last_step=len(grid) - 1,
         first_step=start,
         last_k=len(shares) - 1,
         first_k=first_share,
-        k_stops="".join(f'<option value="{i}" label="{100 * share:g} %">' for i, share in enumerate(shares)),
+        k_stops="".join(f'<option value="{i}" label="{label}">' for i, label in enumerate(labels)),
         articles="\n".join(one.html(index, sorted(set(radii))) for index, one in enumerate(shown)),
         proved="".join(f"<li>{escape(text)}</li>" for text in words.proved([entry.cert for entry in entries])),
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ import torch
 
 from robattr_fast.certificates.theorems.membership import membership
 from robattr_fast.files import write_atomically
+from robattr_fast.inputs.images import DRAWN
+from robattr_fast.inputs.names import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,15 +129,25 @@ def certificate_figure(
         _show_map(saliency, cert.map[0])
         _show_membership(pixels, image, cert, k)
         _show_curves(curve, cert, k, radii)
-        figure.suptitle(title, x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111")
+        heading(figure, title)
         figure.text(0.012, 0.888, _caption(cert, max(radii)), ha="left", fontsize=10.5, color="#444444")
     return figure
 
 
+def heading(figure: Figure, title: str) -> None:
+    """A line above everything: a name, which is no formula."""
+    text = figure.suptitle(
+        printable(title), x=0.012, y=0.98, ha="left", fontsize=14, fontweight="bold", color="#111111"
+    )
+    text.set_parse_math(False)
+
+
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG (or what the suffix says), atomically."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix[1:] or "png", facecolor="white")
+    """Write a PNG (or what the suffix says), atomically. A PNG says that it is ours: it is no photograph to certify."""
+    picture, kind = io.BytesIO(), Path(path).suffix[1:] or "png"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # names are in any script
+        figure.savefig(picture, format=kind, facecolor="white", metadata={"Software": DRAWN} if kind == "png" else None)
     write_atomically(path, picture.getvalue())
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from robattr_fast.certificates import Certificate
+from robattr_fast.reference._select import selected
+from robattr_fast.report.rounding import grey_levels, psnr, rounded_psnr
+from robattr_fast.report.rounding import radius as shown_radius
 
 
 def remarks(cert: Certificate) -> list[str]:
@@ -19,6 +24,50 @@ def remarks(cert: Certificate) -> list[str]:
     if cert.invalid.any():
         found.append(f"{_listed(cert.invalid)} samples were not finite and count as the zero map")
     return found
+
+
+def classes(noisy: str, own: str | None) -> str:
+    """The class that noisy copies vote for; and that of the image itself where it is another one (None: not known)."""
+    return noisy if own in (None, noisy) else f"noisy copies say {noisy}, the model says {own}"
+
+
+def differing(own: str, noisy: str) -> str:
+    """What a reader must know where the two differ."""
+    return (
+        f"the model says class {own}, most of its noisy copies {noisy}: map and certified class are of the smoothed "
+        "model; a smaller --sigma brings the two together"
+    )
+
+
+def nothing_certified(cert: Certificate, k: int, radii: Sequence[float]) -> str | None:
+    """Why nothing of the top-k of one image is certified at any of the radii above 0; None if something is."""
+    radii = [radius for radius in radii if radius > 0]
+    if not radii or bool(cert.overlap(k, radii).share.any()):
+        return None
+    least, samples = min(radii), int(cert.samples[0])
+    what = f"nothing certified at radius {least:g} or above: "
+    if int(cert.invalid[0]) * 2 > samples:
+        return f"{what}{int(cert.invalid[0])} of {samples} samples were not finite"
+    reach = float(cert.radius(k, 1 / k)[0])
+    if reach > 0:
+        return f"{what}the top set begins to be certified below radius {shown_radius(reach)}"
+    if not _steady(cert, k, least):
+        return f"{what}{samples} samples are too few, whatever the map"
+    return f"{what}no element of the top set stands out enough from the others; more samples or a larger --k may help"
+
+
+def _steady(cert: Certificate, k: int, radius: float) -> bool:
+    """Whether so many samples would certify a map that is the same in all of them."""
+    samples, settings = cert.samples, cert.settings
+    same = torch.zeros(1, settings.n, dtype=torch.float64)
+    same[:, : min(k, selected(settings.tau or 1.0, settings.n))] = samples.double()
+    if settings.levels is None:
+        ideal = Certificate(samples=samples, sums=same, settings=settings)
+    else:
+        counts = torch.zeros(1, settings.n, settings.levels, dtype=torch.int32)
+        counts[:, :, -1] = same.int()
+        ideal = Certificate(samples=samples, counts=counts, settings=settings)
+    return bool(ideal.overlap(k, radius, "marginal").share.any())
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -46,3 +95,13 @@ def proved(certs: Sequence[Certificate]) -> list[str]:
         "A checksum detects damage of a file, not forgery: robattr-fast verify FILE --model MODEL --replay all repeats "
         "all samples.",
     ]
+
+
+def radius_words(radii: Sequence[float], values: int | None) -> str:
+    """What L2 radii mean for an image of so many values in [0, 1] (0 or None: not known)."""
+    at = ", ".join(f"{radius:g}" for radius in radii)
+    counts = ", ".join(f"{grey_levels(radius):,}".replace(",", " ") for radius in radii)
+    text = f"L2 radius {at}: as far as {counts} values changed by one grey level (1/255) each"
+    return (
+        f"{text}; PSNR {', '.join(rounded_psnr(psnr(radius, values)) for radius in radii)}." if values else f"{text}."
+    )

@@ -1,46 +1,28 @@
-"""`Certificate`: counts in, statements out. Everything it says follows from integer counts and its settings."""
+"""`Certificate`: what it holds, how it is made, written, read and merged. `statements` has what it says."""
 
 import dataclasses
-import functools
-import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from robattr_fast.certificates.certificate import files
+from robattr_fast.certificates.certificate.agreement import check_moments
 from robattr_fast.certificates.certificate.contents import check
-from robattr_fast.certificates.certificate.evaluation import Evaluated
 from robattr_fast.certificates.certificate.merge import merge_settings
-from robattr_fast.certificates.moments.second_moment import SecondMoments
-from robattr_fast.certificates.moments.summary import Moments, Summary, no_summary
+from robattr_fast.certificates.certificate.statements import Statements
+from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.certificates.settings import Evaluation, Settings
-from robattr_fast.certificates.theorems import marginal
-from robattr_fast.certificates.theorems.bounds import sample_mean
-from robattr_fast.certificates.theorems.label import Prediction
 from robattr_fast.errors import CertificateFileError, MergeError
-from robattr_fast.metrics.overlap import top_k
 from robattr_fast.ops import _check
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
 
-METHODS = ("best", "marginal", "second-moment")
-
 _KEEP: Any = object()
 
 
-class Overlap(NamedTuple):
-    """Certified overlap of the top-k sets."""
-
-    share: torch.Tensor
-    """float64 [B], or [R, B] for R radii: at least this share of the displayed top-k stays in the top-k."""
-    method: np.ndarray
-    """The method that certifies it, an array of strings of the same shape."""
-
-
-class Certificate:
+class Certificate(Statements):
     """What q noisy samples per image prove about B smoothed maps of shape [*M], n elements each.
 
     All statements about one image hold together with probability 1 - alpha over the noise, for every k and every
@@ -93,18 +75,8 @@ class Certificate:
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         check(tensors, settings)
         self._tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self._values = self._tensors["sums" if settings.levels is None else "counts"]
-        self.settings = settings
-        self.counts = self._tensors.get("counts")
-        self.sums = self._tensors.get("sums")
-        self.samples = self._tensors["samples"]
-        self.invalid = self._tensors["invalid"]
-        self.class_counts = self._tensors.get("class_counts")
-        self.gram_summary = self._tensors.get("gram_summary")
-        self.directions = self._tensors.get("directions")
+        super().__init__(self._tensors, settings)
         self.packed = self._tensors.get("packed")
-        self._evaluated = Evaluated(settings, self._values, self.samples, self.invalid)
-        self._gaps_by_k: dict[int, torch.Tensor] = {}
 
     @classmethod
     def from_counts(
@@ -213,9 +185,6 @@ class Certificate:
             settings=settings,
         )
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int | slice) -> "Certificate":
         """The certificate of one image (B = 1) or of a slice of the images."""
         images = range(len(self))[index]
@@ -243,147 +212,14 @@ class Certificate:
             parts.append(f"invalid={self.invalid.tolist()}")
         if self.exploratory:
             parts.append("exploratory")
+        if any(self.disagreements()) and self.agreement is not None:
+            parts.append(f"agreement={[round(share, 3) for share in self.agreement.tolist()]}")
         return f"Certificate({', '.join(parts)})"
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a file holds besides the settings, by name."""
         return dict(self._tensors)
-
-    @functools.cached_property
-    def map(self) -> torch.Tensor:
-        """The displayed map: the sample mean, float64 [B, *M] in [0, 1]."""
-        return self._shaped(sample_mean(self._values, self.samples))
-
-    @property
-    def lower(self) -> torch.Tensor:
-        """Lower bounds of the smoothed map, float64 [B, *M]; all bounds hold together (slack 0)."""
-        return self._shaped(self._evaluated.bounds(0)[0])
-
-    @property
-    def upper(self) -> torch.Tensor:
-        """Upper bounds of the smoothed map, float64 [B, *M]; all bounds hold together (slack 0)."""
-        return self._shaped(self._evaluated.bounds(0)[1])
-
-    @property
-    def exploratory(self) -> bool:
-        """True if bound, slack or alpha were chosen by `with_bounds` and differ from what was declared."""
-        return self.settings.exploration is not None
-
-    @property
-    def stopped_off_plan(self) -> bool:
-        """True if an image has another number of samples than was planned."""
-        return any(self._evaluated.off_plan)
-
-    @property
-    def evaluated_bound(self) -> str:
-        """The bound that is used, joined by " + " where images differ. Off plan it is betting, see `reason`."""
-        return " + ".join(dict.fromkeys(self._evaluated.names))
-
-    @property
-    def reason(self) -> str | None:
-        """Why `evaluated_bound` is not the bound asked for; None if it is."""
-        return self._evaluated.reason
-
-    @property
-    def has_second_moments(self) -> bool:
-        """True if second moments (T7) prove something of every image: `distance` and `cosine` may be asked for."""
-        return all(moments.proved is not None for moments in self._moments)
-
-    @property
-    def second_moments(self) -> list[SecondMoments | None]:
-        """Per image what second moments (T7) prove; None where they prove nothing."""
-        return [moments.proved for moments in self._moments]
-
-    def overlap(self, k: int, radius: float | Sequence[float] | torch.Tensor, method: str = "best") -> Overlap:
-        """The share of the displayed top-k that provably stays in the top-k within an L2 radius.
-
-        Args:
-            k: size of the top-k set, in 1..n//2. Ties of the displayed map go to the lowest index.
-            radius: one L2 radius, or R of them; in the units of x.
-            method: "marginal" (T3, T4), "second-moment" (T7), or "best" of those that this certificate holds.
-
-        Returns:
-            share and method, each [B], or [R, B] for a sequence of radii.
-
-        Raises:
-            ValueError: k, radius or method out of range.
-        """
-        self._check_query(k, method)
-        radii, scalar = _radii(radius)
-        by_moments = method != "marginal" and any(moments.proved for moments in self._moments)
-        count = self._moment_counts(k, radii) if by_moments else torch.zeros(len(radii), len(self), dtype=torch.int64)
-        won = np.full(count.shape, "second-moment")
-        if not by_moments or method == "best":
-            marginal_count = marginal.certified_count(self._gaps(k), radii, self.settings.n)
-            won = np.where(by_moments & (count > marginal_count), won, "marginal")
-            count = count.maximum(marginal_count)
-        share = count.double() / k
-        return Overlap(share[0], won[0]) if scalar else Overlap(share, won)
-
-    def radius(self, k: int, overlap: float, method: str = "best") -> torch.Tensor:
-        """The largest L2 radius at which the certified overlap is at least `overlap`, float64 [B].
-
-        0 where it is not reached at any radius, inf where it holds at all. overlap: a share in (0, 1]; k, method as in
-        `overlap`, whose inverse this is.
-        """
-        self._check_query(k, method)
-        if not 0 < overlap <= 1:
-            raise ValueError(f"overlap must lie in (0, 1], got {overlap}")
-        # The least count whose share, rounded as `overlap` rounds it, is enough.
-        count = math.ceil(overlap * k)
-        if count / k < overlap:
-            count += 1
-        elif (count - 1) / k >= overlap:
-            count -= 1
-        found = []
-        if method != "second-moment":
-            found.append(marginal.certified_radius(self._gaps(k), count, self.settings.n))
-        if method != "marginal":
-            found.append(torch.tensor([moments.radius(k, count) for moments in self._moments], dtype=torch.float64))
-        return torch.stack(found).amax(0)
-
-    def distance(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
-        """Upper bound on the L2 distance from the displayed map to the smoothed map anywhere within an L2 radius (T7).
-
-        float64 [B], or [R, B] for R radii. Raises ValueError, with the reason, if there are no second moments.
-        """
-        return self._moment_values(radius, "distance")
-
-    def cosine(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
-        """Lower bound on the cosine of the displayed map and the smoothed map anywhere within an L2 radius (T7).
-
-        float64 [B], or [R, B] for R radii; 0 where nothing is proved. Raises ValueError, with the reason, if there are
-        no second moments.
-        """
-        return self._moment_values(radius, "cosine")
-
-    def pixels(self, radius: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
-        """Elements whose smoothed value provably stays on its side of 1/2 within an L2 radius (T5).
-
-        int8 [B, *M], or [R, B, *M] for R radii: 1 above 1/2, -1 below, 0 abstains. Raises ValueError unless levels=1.
-        """
-        if self.settings.levels != 1:
-            raise ValueError(f"pixels are certified for 0/1 maps, levels=1; this has levels={self.settings.levels}")
-        radii, scalar = _radii(radius)
-        signs = marginal.certified_pixels(*self._evaluated.bounds(0), radii, self.settings.sigma)
-        signs = signs.view(len(radii), len(self), *self.settings.shape)
-        return signs[0] if scalar else signs
-
-    def prediction(self) -> Prediction:
-        """The certified label of each image and its L2 radius (T6).
-
-        Raises ValueError if no votes were kept, or the whole of alpha went to the overlap.
-        """
-        if self.class_counts is None:
-            raise ValueError("this certificate holds no class_counts, which the prediction is certified from")
-        ledger = self.settings.ledger
-        if ledger.label == 0:
-            raise ValueError(
-                "bound='hoeffding' with slack 0 and without second moments spends all of alpha on the overlap, "
-                "none on the label"
-            )
-        return self._evaluated.prediction(self.class_counts)
 
     def with_bounds(
         self,
@@ -426,78 +262,12 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Certificate":
-        """Reads a file. Raises CertificateFileError if it is damaged or contradicts itself, OSError if missing."""
+        """Reads a file. CertificateFileError if it is damaged or contradicts itself, OSError if it cannot be read."""
         tensors, manifest = files.load(path)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(files.CHECKPOINT)}
         try:
-            return cls(**tensors, settings=Settings.from_json(manifest))
-        except (TypeError, ValueError) as error:
+            cert = cls(**tensors, settings=Settings.from_json(manifest))
+            check_moments(cert.tensors, cert.settings)
+            return cert
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
             raise CertificateFileError(f"{os.fspath(path)}: {error}") from error
-
-    def _shaped(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(len(self), *self.settings.shape)
-
-    def _check_query(self, k: int, method: str) -> None:
-        _check.integer("k", k, 1, self.settings.n // 2)
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        if method == "second-moment":
-            self._require_moments()
-
-    @functools.cached_property
-    def _moments(self) -> list[Moments]:
-        settings = self.settings
-        summary = self.gram_summary if self.gram_summary is not None else no_summary(len(self))
-        directions: Any = self.directions if self.directions is not None else [None] * len(self)
-        return [
-            Moments(
-                settings,
-                image,
-                self._values[image],
-                samples,
-                summary[image],
-                directions[image],
-                int(self.invalid[image]),
-            )
-            for image, samples in enumerate(self.samples.tolist())
-        ]
-
-    def _require_moments(self) -> None:
-        for image, moments in enumerate(self._moments):
-            if moments.reason is not None:
-                raise ValueError(f"image {image} has no second moments: {moments.reason}")
-
-    def _moment_counts(self, k: int, radii: torch.Tensor) -> torch.Tensor:
-        """Certified counts by T7, int64 [R, B]."""
-        rows = [[moments.overlap(k, radius) for moments in self._moments] for radius in radii.tolist()]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(radii), len(self))
-
-    def _moment_values(self, radius: float | Sequence[float] | torch.Tensor, name: str) -> torch.Tensor:
-        self._require_moments()
-        radii, scalar = _radii(radius)
-        rows = [[getattr(moments.proved, name)(r) for moments in self._moments] for r in radii.tolist()]
-        values = torch.tensor(rows, dtype=torch.float64)
-        return values[0] if scalar else values
-
-    def _slacks(self, k: int) -> Sequence[int]:
-        slack = self.settings.evaluation.slack
-        return marginal.slack_candidates(k) if slack is None else (slack,)
-
-    def _gaps(self, k: int) -> torch.Tensor:
-        """Radii below which at least 1..k elements of the displayed top-k stay, float64 [B, k], best over slack."""
-        if k not in self._gaps_by_k:
-            top = top_k(self.map.flatten(1), k)
-            gaps = [
-                marginal.sampled_gaps(*self._evaluated.bounds(m), top, k, self.settings.sigma, m)
-                for m in self._slacks(k)
-            ]
-            self._gaps_by_k[k] = torch.stack(gaps).amax(0)
-        return self._gaps_by_k[k]
-
-
-def _radii(radius: float | Sequence[float] | torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """float64 [R], and whether it was a single number."""
-    radii = torch.as_tensor(radius, dtype=torch.float64)
-    if radii.ndim > 1 or not ((radii >= 0) & radii.isfinite()).all():
-        raise ValueError(f"radius must be one finite number >= 0 or a sequence of them, got {radius}")
-    return radii.reshape(-1), radii.ndim == 0

@@ -46,6 +46,8 @@ def check(tensors: dict[str, torch.Tensor], settings: Settings) -> None:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}")
     if images == 0:
         raise ValueError("a certificate needs at least one image")
+    if (samples > 2**31 - 1).any():
+        raise ValueError(f"samples must be at most 2^31 - 1 per image, got {int(samples.max())}")
     if (samples < 0).any() or (invalid < 0).any() or (invalid > samples).any():
         raise ValueError("invalid samples must be between 0 and samples")
     if settings.on_nonfinite == "raise" and invalid.any():

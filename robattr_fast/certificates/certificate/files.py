@@ -12,6 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from robattr_fast.certificates.fields import shown
 from robattr_fast.errors import CertificateFileError
 from robattr_fast.files import write_atomically
 
@@ -59,42 +60,83 @@ def _in_order(data: bytes) -> bytes:
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads tensors and manifest from `path`.
+    """Reads tensors and manifest from `path`, its header first: what is no certificate is refused from that alone.
 
     Raises:
         OSError: the file cannot be read.
         CertificateFileError: it is not a certificate, or any byte of it has changed.
     """
+    try:
+        return _read(path)
+    except _Fault as error:
+        raise CertificateFileError(f"{os.fspath(path)}: {error}") from error.__cause__
 
-    def fault(reason: str) -> CertificateFileError:
-        return CertificateFileError(f"{os.fspath(path)}: {reason}")
 
+class _Fault(Exception):
+    """What is wrong with a file."""
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with open(path, "rb") as file:
         start = file.read(8)
-        header = int.from_bytes(start, "little")
         if len(start) < 8:
-            raise fault(f"only {len(start)} bytes long")
-        if header > MAX_HEADER:
-            raise fault(f"header of {header} bytes, at most {MAX_HEADER} are accepted")
-        data = start + file.read()
-    if len(data) < 8 + header:
-        raise fault(f"cut short: the header alone has {header} bytes, the file {len(data)}")
-    try:
-        metadata = json.loads(data[8 : 8 + header])["__metadata__"]
-        kind, digest, manifest = metadata["format"], metadata["sha256"], metadata["manifest"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise fault("not a certificate: no manifest in its header") from error
-    if kind != FORMAT:
-        raise fault(f"format {kind!r}, expected {FORMAT!r}")
+            raise _Fault(f"only {len(start)} bytes long")
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER:
+            raise _Fault(f"header of {length} bytes, at most {MAX_HEADER} are accepted")
+        header = file.read(length)
+        if len(header) < length:
+            raise _Fault(f"cut short: the header alone has {length} bytes, the file {8 + len(header)}")
+        digest, text, size = _parsed(header)
+        held = os.fstat(file.fileno()).st_size - 8 - length
+        if held != size:
+            raise _Fault(f"its header speaks of {size} bytes of data, the file has {held}: cut short or damaged")
+        file.seek(0)
+        data = file.read(8 + length + size)
     filled, blank = (f'"sha256":"{value}"'.encode() for value in (digest, _BLANK))
-    if hashlib.sha256(data.replace(filled, blank, 1)).hexdigest() != digest:
-        raise fault("checksum does not match: the file is damaged")
+    seen = hashlib.sha256(start + header.replace(filled, blank, 1))
+    seen.update(memoryview(data)[8 + length :])
+    if seen.hexdigest() != digest or len(data) != 8 + length + size:
+        raise _Fault("checksum does not match: the file is damaged")
     try:
         tensors = safetensors.torch.load(data)
-        held = tensors.pop(_MANIFEST, None)
-        manifest = json.loads(manifest if held is None else held.numpy().tobytes())
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise fault(f"contents cannot be read: {error}") from error
+        apart = tensors.pop(_MANIFEST, None)
+        manifest = _json(text if apart is None else apart.numpy().tobytes())
+    except (ValueError, TypeError, KeyError, RecursionError, safetensors.SafetensorError) as error:
+        raise _Fault(f"contents cannot be read: {shown(str(error))}") from error
     if not isinstance(manifest, dict):
-        raise fault("the manifest is not an object")
+        raise _Fault("the manifest is not an object")
     return tensors, manifest
+
+
+def _parsed(header: bytes) -> tuple[str, str, int]:
+    """Checksum, manifest, and how many bytes of data follow."""
+    try:
+        entries = _json(header)
+        metadata = entries.pop("__metadata__")
+        kind, digest, manifest = metadata["format"], metadata["sha256"], metadata["manifest"]
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise _Fault("not a certificate: no manifest in its header") from error
+    if kind != FORMAT:
+        raise _Fault(f"format {shown(kind)}, expected {FORMAT!r}")
+    if not (isinstance(digest, str) and isinstance(manifest, str)):
+        raise _Fault("checksum and manifest must be strings")
+    if any(isinstance(end, bool) or not isinstance(end, int) or end < 0 for end in ends):
+        raise _Fault("the header has no offsets of its tensors")
+    return digest, manifest, max(ends, default=0)
+
+
+def _json(text: str | bytes) -> Any:
+    """ValueError for what is no JSON, for NaN and infinity, and for a name that stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)

@@ -61,8 +61,13 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
     pairs = zip(first.intervals, second.intervals, strict=True)
     plans = [plan for plan in (first.planned_samples, second.planned_samples) if plan is not None]
     devices = {settings.device for settings in (first, second) if settings.device is not None}
+    # An older file does not know them; scores round as the model does, and classes by them.
+    known = [settings for settings in (first, second) if settings.clean_class is not None]
+    agreed = {settings.clean_class for settings in known}
     return dataclasses.replace(
         first,
+        clean_class=known[0].clean_class if len(agreed) == 1 else None,
+        clean_score=known[0].clean_score if len(agreed) == 1 else None,
         merged=True,
         intervals=tuple(_union(ours, theirs, image) for image, (ours, theirs) in enumerate(pairs)),
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,

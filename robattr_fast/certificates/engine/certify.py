@@ -13,6 +13,7 @@ from torch import nn
 from robattr_fast import model as _model
 from robattr_fast.certificates.certificate.certificate import Certificate
 from robattr_fast.certificates.certificate.merge import joined
+from robattr_fast.certificates.engine.clean import as_target, clean_prediction, named_target, warn_of_disagreement
 from robattr_fast.certificates.engine.counting import Captured, Counting, FusedCounting
 from robattr_fast.certificates.engine.environment import environment
 from robattr_fast.certificates.engine.fused import LARGEST_BATCH, fused_sampling
@@ -21,6 +22,7 @@ from robattr_fast.certificates.engine.run import Progress, Run, print_progress
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.certificates.settings import Settings
 from robattr_fast.certificates.theorems.bounds import check_bound
+from robattr_fast.metrics.overlap import set_size
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling.map import Map, Stream
@@ -40,7 +42,7 @@ def certify(
     samples: int = 8192,
     first_sample: int = 0,
     image_ids: torch.Tensor | Sequence[int] | None = None,
-    target: int | Sequence[int] | torch.Tensor | None = None,
+    target: int | Sequence[int] | torch.Tensor | str | None = None,
     explain: str | _model.Explanation = "gradient",
     channel_sum: bool = False,
     seed: int = 0,
@@ -70,8 +72,9 @@ def certify(
         tau, gamma, levels: the map of one sample, see `sparsify`.
         samples: samples per image, at most 2^31 - 1.
         first_sample, image_ids, seed: which part of the noise stream, see `noisy_samples`.
-        target: class or classes [B] to explain; None: the largest logit of each noisy sample. A class chosen by looking
-            at x is part of the map: it stays frozen as x moves.
+        target: class or classes [B] to explain; None: the largest logit of each noisy sample, which may be of another
+            class than the image is (`Certificate.agreement`; logged where most are); "predicted": the class that the
+            model gives to each image. A class chosen by looking at x is part of the map: it stays frozen as x moves.
         explain: "gradient" (|d f_c / d z|), "input_x_gradient" (|z * d f_c / d z|), or a callable
             (model, batch [N, *S], target [N]) -> scores [N, *S], which are selected as they come, or, with
             channel_sum, one per pixel [N, *S[1:]]; `robattr_fast.attributions` has such. It must be a fixed function of
@@ -108,11 +111,13 @@ def certify(
 
     Source: Levine, Singla, Feizi 2019 (arXiv 1905.12105); statements and proofs in docs/certificates.md.
     """
+    is_predicted = isinstance(target, str)
+    given = named_target(target)
     map = Map.checked(
         x,
         sigma=sigma,
         explain=explain,
-        target=target,
+        target=given,
         channel_sum=channel_sum,
         tau=tau,
         gamma=gamma,
@@ -133,9 +138,14 @@ def certify(
             "keep_samples: got True without second moments, which alone need samples (second_moment, levels)"
         )
     plan = Plan(samples, first_sample, stop, second_moment)
+    clean_class, clean_score = clean_prediction(model, x, map.autocast)
+    if is_predicted:
+        map = dataclasses.replace(map, target=as_target(clean_class))
     settings = Settings.of_map(
         map,
         x,
+        clean_class=clean_class,
+        clean_score=clean_score,
         seed=stream.seed,
         stream_version=STREAM_VERSION,
         image_ids=stream.image_ids,
@@ -151,8 +161,8 @@ def certify(
         input_hashes=tuple(_model.input_hash(image) for image in x),
         **environment(x.device),
     )
-    if stop is not None and not 1 <= stop.k <= settings.n // 2:
-        raise ValueError(f"stop.k: got {stop.k}, takes an integer in [1, n/2 = {settings.n // 2}]")
+    if stop is not None:
+        set_size(stop.k, settings.n, settings.n // 2, "stop.k")
     path = _checked_path(checkpoint, settings)
     is_measured = autocast == "auto"
     resumed = None if path is None else _resumable(path, settings, first_sample, any_autocast=is_measured)
@@ -195,7 +205,9 @@ def certify(
             state.restore(path)
         counting: Counting = Captured(sampler, state) if fused is None else FusedCounting(fused, state)
         report = print_progress if progress is True else progress or None
-        return Run(sampler, state, counting, plan, path, report, size).finish()
+        certificate = Run(sampler, state, counting, plan, path, report, size).finish()
+    warn_of_disagreement(certificate)
+    return certificate
 
 
 def _checked_path(checkpoint: str | os.PathLike | None, settings: Settings) -> Path | None:
@@ -222,7 +234,17 @@ def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast:
         raise ValueError(
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
-    moving = ["intervals", "batch_size", "memory_format", "folded", "versions", "backends"]
+    # The score of a class rounds as the model does.
+    moving = [
+        "intervals",
+        "batch_size",
+        "memory_format",
+        "folded",
+        "versions",
+        "backends",
+        "clean_class",
+        "clean_score",
+    ]
     if any_autocast and found.settings.autocast in (None, _model.dtype_name(_MEASURED)):
         moving.append("autocast")
     theirs, ours = found.settings.to_json(), wanted.to_json()

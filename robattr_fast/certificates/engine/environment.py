@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import numpy
 import torch
 
 from robattr_fast import backends
 from robattr_fast.certificates.settings import Settings
+from robattr_fast.machine import versions
 
+_VERSIONS = ("torch", "numpy", "python")
 _OPERATORS = ("noisy_samples", "count_sparsified_")
 
 
@@ -19,9 +19,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": str(device),
         "versions": {
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
+            **{name: version for name, version in versions().items() if name in _VERSIONS},
             "threads": str(torch.get_num_threads()),
         },
         "backends": {name: backends.choose(name, device, torch.float32)[0] for name in _OPERATORS},

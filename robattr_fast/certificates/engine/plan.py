@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from robattr_fast.certificates.moments.concentration import look_schedule
+from robattr_fast.metrics.overlap import set_size
 from robattr_fast.ops import _check
 
 # Looks for a stop grow geometrically, so that they cost a fixed small share of the run. A run hits them exactly: when
@@ -15,14 +16,17 @@ FIRST_LOOK, _LOOK_GROWTH = 64, 1.1
 
 @dataclass(frozen=True)
 class StopWhen:
-    """End an image's sampling once ``overlap`` (a share of its top-k) is certified at L2 ``radius``."""
+    """End an image's sampling once ``overlap`` (a share of its top-k) is certified at L2 ``radius``.
 
-    k: int
+    k: a number of elements, or a float in (0, 1), their share of the map.
+    """
+
+    k: float
     radius: float
     overlap: float
 
     def __post_init__(self) -> None:
-        _check.integer("k", self.k, 1, 2**31 - 1)
+        set_size(self.k, 2**31 - 1, 2**31 - 1)
         _check.positive("radius", self.radius)
         if not 0 < self.overlap <= 1:
             raise ValueError(f"overlap: got {self.overlap}, takes a share in (0, 1]")

@@ -12,6 +12,7 @@ from torch import nn
 
 from robattr_fast import model as _model
 from robattr_fast.certificates.certificate.certificate import Certificate
+from robattr_fast.certificates.engine.clean import as_target, clean_prediction, named_target
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.certificates.moments.concentration import (
     DEFLATED_SHARE,
@@ -29,6 +30,7 @@ from robattr_fast.certificates.moments.second_moment import SecondMoments, TopKC
 from robattr_fast.certificates.moments.summary import no_summary
 from robattr_fast.certificates.settings import Settings
 from robattr_fast.certificates.theorems.bounds import check_bound
+from robattr_fast.metrics.overlap import set_size
 from robattr_fast.ops import _check
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.sampling.batch import Segment
@@ -47,7 +49,8 @@ class Candidate:
     """A sparsified map, and what a certificate of it is expected to say of each image.
 
     overlap: the certified share of the top-k at the radius asked for. radius: up to which half of the top-k stays.
-    method: which certifies the overlap.
+    method: which certifies the overlap. agreement: of the pilot samples, the share that has the class of the image
+    itself (1 where the class to explain was given).
     """
 
     tau: float
@@ -56,11 +59,19 @@ class Candidate:
     overlap: tuple[float, ...]
     radius: tuple[float, ...]
     method: tuple[str, ...]
+    agreement: tuple[float, ...]
 
     @property
     def score(self) -> tuple[float, float]:
-        """What candidates are ranked by: the mean overlap over the images; where equal, the mean radius."""
-        return sum(self.overlap) / len(self.overlap), sum(self.radius) / len(self.radius)
+        """What candidates are ranked by: the mean overlap over the images; where equal, the mean radius.
+
+        Images count by their agreement: what is certified of a map of another class is worth less.
+        """
+        return self._mean(self.overlap), self._mean(self.radius)
+
+    def _mean(self, values: Sequence[float]) -> float:
+        weights = self.agreement if any(self.agreement) else (1.0,) * len(values)
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -95,13 +106,19 @@ class Suggestion:
             lines.append(
                 f"{candidate.tau:>7g} {gamma:>7} {candidate.levels:>6} {overlap:>8.3f} {radius:>15.4g}  {methods}"
             )
+        agreement = self.candidates[0].agreement
+        if (mean := sum(agreement) / len(agreement)) < 0.5:
+            lines.append(
+                f"Only {100 * mean:.0f} % of the noisy copies have the class that the model gives to the image: the "
+                "map would be of another class; a smaller sigma, or target='predicted', helps"
+            )
         return "\n".join(lines)
 
 
 def suggest(
     model: nn.Module,
     x: torch.Tensor,
-    k: int,
+    k: float,
     radius: float,
     *,
     sigma: float,
@@ -111,7 +128,7 @@ def suggest(
     gammas: Sequence[float | None] = GAMMAS,
     levels: Sequence[int] = LEVELS,
     image_ids: torch.Tensor | Sequence[int] | None = None,
-    target: int | Sequence[int] | torch.Tensor | None = None,
+    target: int | Sequence[int] | torch.Tensor | str | None = None,
     explain: str | _model.Explanation = "gradient",
     channel_sum: bool = False,
     seed: int = 0,
@@ -137,7 +154,7 @@ def suggest(
     Args:
         model, x, sigma, samples, image_ids, target, explain, channel_sum, seed, alpha, bound, slack, second_moment,
             retain, batch_size, on_nonfinite: as for `certify`; they describe the run that is planned.
-        k: size of the top-k set, in 1..n//2.
+        k: size of the top-k set: a number of elements in 1..n//2, or a float, their share in (0, 1/2].
         radius: L2 radius, in the units of x.
         pilot: pilot samples per image, 8 to 8192.
         taus, gammas, levels: every combination is a candidate, but for gamma > tau. gamma=None is tau, the map of
@@ -156,7 +173,12 @@ def suggest(
     maps = _combinations(taus, gammas, levels)
     for _, _, number in maps:
         check_bound(bound, number)
-    scored = Map.checked(x, sigma=sigma, explain=explain, target=target, channel_sum=channel_sum)
+    is_predicted = isinstance(target, str)
+    given = named_target(target)
+    scored = Map.checked(x, sigma=sigma, explain=explain, target=given, channel_sum=channel_sum)
+    clean, _ = clean_prediction(model, x, scored.autocast)
+    if is_predicted:
+        scored = dataclasses.replace(scored, target=as_target(clean))
     stream = Stream.checked(x, seed, image_ids)
     wanted = [
         Settings.of_map(
@@ -172,16 +194,24 @@ def suggest(
         )
         for tau, gamma, number in maps
     ]
-    k = _check.integer("k", k, 1, wanted[0].n // 2)
+    k = set_size(k, wanted[0].n, wanted[0].n // 2)
 
     sampler = prepared(model, x, scored, stream)
     sampler.set_batch_size(batch_size, pilot * x.shape[0], largest=pilot)  # batches hold one image
     found: list[list[_Expected]] = [[] for _ in maps]
+    agreement = []
     for image in range(x.shape[0]):
-        for row, settings, seen in zip(found, wanted, _pilot(sampler, image, wanted, pilot), strict=True):
+        pilots = _pilot(sampler, image, wanted, pilot)
+        votes = pilots[0].class_counts
+        assert votes is not None
+        # A class that the user chose is explained whatever the copies' own.
+        agreement.append(
+            1.0 if given is not None else float(votes[0, clean[image]]) / pilot if clean[image] >= 0 else 0.0
+        )
+        for row, settings, seen in zip(found, wanted, pilots, strict=True):
             row.append(_expected(seen, settings))
     candidates = sorted(
-        (_judged(row, settings, k, radius) for row, settings in zip(found, wanted, strict=True)),
+        (_judged(row, settings, k, radius, agreement) for row, settings in zip(found, wanted, strict=True)),
         key=lambda candidate: candidate.score,
         reverse=True,
     )
@@ -289,12 +319,14 @@ class _Expected:
         return min(found, proved.spectral)
 
 
-def _judged(planned: Sequence[_Expected], settings: Settings, k: int, radius: float) -> Candidate:
+def _judged(
+    planned: Sequence[_Expected], settings: Settings, k: int, radius: float, agreement: Sequence[float]
+) -> Candidate:
     """A candidate with what it is expected to certify for each image."""
     overlaps, methods, radii = zip(*(image.judged(k, radius) for image in planned), strict=True)
     assert settings.tau is not None
     assert settings.levels is not None
-    return Candidate(settings.tau, settings.gamma, settings.levels, overlaps, radii, methods)
+    return Candidate(settings.tau, settings.gamma, settings.levels, overlaps, radii, methods, tuple(agreement))
 
 
 def _expected(seen: Certificate, settings: Settings) -> _Expected:

@@ -19,7 +19,9 @@ from robattr_fast.certificates.moments.eigenvalues import (
     largest_eigenvalue_of_squares_,
     rounding_of,
 )
+from robattr_fast.certificates.moments.rounding import OUTWARD, UP
 from robattr_fast.certificates.moments.scatter import Scatter
+from robattr_fast.certificates.theorems.bounds import sample_mean
 
 FIRST_LOOK = 512
 #: How alpha is split between the four events of T7, before sampling.
@@ -28,11 +30,8 @@ ERROR_SHARE, SPECTRAL_SHARE, DEFLATED_SHARE, FROBENIUS_SHARE = 0.4, 0.2, 0.25, 0
 LAST_LOOK_SHARE = 0.75
 # The bet of lemma 4, as a share of the largest possible one. Between .8 and .9 lambda_u changes by 2 % at most.
 _BET = 0.85
-# Relative: floating-point noise of the formulas below is some 1e-13.
-_OUTWARD = 1e-9
 # Of the search for a root, which takes 5, and 20 where the two sides of an inequality all but touch.
 _GRIDS = 200
-_UP = 1 + 1e-14
 
 
 def look_schedule(planned: int) -> dict[int, float]:
@@ -70,9 +69,8 @@ def rows_in_blocks(samples: int, planned: int, retain: int) -> int:
 
 
 def mean_map(counts: Tensor, samples: int) -> Tensor:
-    """p^: counts int ``[n, L]`` of the levels 1..L in ``samples`` samples -> float64 ``[n]``."""
-    levels = torch.arange(1, counts.shape[1] + 1, dtype=torch.int64)
-    return (counts.to(torch.int64) * levels).sum(1).to(torch.float64) / (counts.shape[1] * samples)
+    """p^ of one image, float64 ``[n]``: `sample_mean` of counts int ``[n, L]`` in ``samples`` samples."""
+    return sample_mean(counts[None], torch.tensor([samples]))[0]
 
 
 def trace_estimate(counts: Tensor, samples: int) -> float:
@@ -129,7 +127,7 @@ class GramSummary:
         blocks = self.blocks + other.blocks
 
         def mean(name: str) -> float:
-            return (self.blocks * getattr(self, name) + other.blocks * getattr(other, name)) / blocks * _UP
+            return (self.blocks * getattr(self, name) + other.blocks * getattr(other, name)) / blocks * UP
 
         return GramSummary(
             rows=self.rows + other.rows,
@@ -187,12 +185,12 @@ def summarize_gram(gram: Tensor, num_levels: int, halves: tuple[Scatter, Scatter
     return GramSummary(
         rows=rows,
         blocks=1,
-        norm2=norm2 * (1 + _OUTWARD),
+        norm2=norm2 * (1 + OUTWARD),
         eigenvalue=eigenvalue,
         fourth=largest_eigenvalue_of_squares_(centred, entry_error) / rows,
         half_eigenvalue=half_eigenvalue,
-        half_norm2=half_norm2 * (1 + _OUTWARD),
-        half_mean=half_mean * (1 + _OUTWARD),
+        half_norm2=half_norm2 * (1 + OUTWARD),
+        half_mean=half_mean * (1 + OUTWARD),
     )
 
 
@@ -232,13 +230,13 @@ def largest_root(excluded: Callable[[np.ndarray, np.ndarray], np.ndarray], low: 
         edges[0], edges[-1] = low, high
         for cell in np.flatnonzero(~excluded(edges[:-1], edges[1:]))[::-1]:
             start, end = float(edges[cell]), float(edges[cell + 1])
-            found = end if end <= start * (1 + _OUTWARD) or grids >= _GRIDS else search(start, end)
+            found = end if end <= start * (1 + OUTWARD) or grids >= _GRIDS else search(start, end)
             if found is not None:
                 return found
         return None
 
     found = search(low, high)
-    return (low if found is None else found) * (1 + _OUTWARD)
+    return (low if found is None else found) * (1 + OUTWARD)
 
 
 def mean_bound(
@@ -333,4 +331,4 @@ def error_bound(trace: float, samples: int, frobenius: float, spectral: float, s
         + pairs * (sure * frobenius) ** 2
     )
     deviation = min(math.sqrt(variance * (1 / delta - 1)), (fourth / delta) ** 0.25)
-    return math.sqrt(max(trace / q + deviation / (q * (q - 1)), 0.0)) * (1 + _OUTWARD)
+    return math.sqrt(max(trace / q + deviation / (q * (q - 1)), 0.0)) * (1 + OUTWARD)

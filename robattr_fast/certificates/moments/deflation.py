@@ -19,6 +19,7 @@ from robattr_fast.certificates.moments.eigenvalues import (
     rounding_of,
     top_eigenpairs,
 )
+from robattr_fast.certificates.moments.rounding import UP
 from robattr_fast.certificates.moments.scatter import Scatter
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._pack_levels import bits_per_element, pack_levels, unpack_levels
@@ -122,7 +123,7 @@ class DeflatedSummary:
         rows = self.rows + other.rows
 
         def mean(name: str) -> float:
-            return (self.rows * getattr(self, name) + other.rows * getattr(other, name)) / rows * (1 + 1e-14)
+            return (self.rows * getattr(self, name) + other.rows * getattr(other, name)) / rows * UP
 
         return DeflatedSummary(
             rows, self.blocks + other.blocks, min(self.fewest, other.fewest), mean("eigenvalue"), mean("fourth")

@@ -7,7 +7,8 @@ from scipy.linalg.lapack import dpotrf
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-EPS = torch.finfo(torch.float64).eps
+from robattr_fast.certificates.moments.rounding import EPS
+
 # Below, all eigenvalues cost less than a few of them.
 _LANCZOS_SIZE = 512
 _LANCZOS_STEPS = 100  # photographs take ten to thirty

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from robattr_fast.certificates.moments.deflation import Deflation
+from robattr_fast.certificates.moments.rounding import EPS, INWARD
 
-_EPS = float(np.finfo(np.float64).eps)
-_INWARD = 1 - 1e-9
 _SIZES = 1024
 _TOLERANCE = 0.03  # of the squared distance that is given away
 _EVALUATIONS = 400  # photographs take some hundred
@@ -51,7 +50,7 @@ class DeflatedCost:
 
     def overlap(self, distance: float) -> int:
         """How many of the top K stay, for every map p^ + d with ||W d|| at most ``distance``."""
-        first = int(np.searchsorted(self.costs, distance**2 * (1 + 4 * _EPS), side="right"))
+        first = int(np.searchsorted(self.costs, distance**2 * (1 + 4 * EPS), side="right"))
         return 0 if first == len(self.sizes) else self.k - int(self.sizes[first]) + 1
 
     def distance(self, overlap: int) -> float:
@@ -60,7 +59,7 @@ class DeflatedCost:
         if leavers > self.k:
             return math.inf
         first = int(np.searchsorted(self.sizes, leavers, side="right")) - 1
-        return 0.0 if first < 0 else math.sqrt(self.costs[first]) * _INWARD
+        return 0.0 if first < 0 else math.sqrt(self.costs[first]) * INWARD
 
     def _search(self, least: float) -> np.ndarray:
         rank = len(self._squares)
@@ -74,7 +73,7 @@ class DeflatedCost:
             lowest = bounds.min(0)
             wanted = (attained > least**2) & (lowest < (1 - _TOLERANCE) * attained)
             if not wanted.any() or evaluations >= _EVALUATIONS:
-                return np.maximum.accumulate(np.minimum(lowest, attained)) * _INWARD
+                return np.maximum.accumulate(np.minimum(lowest, attained)) * INWARD
             ratio = np.where(wanted, lowest / np.where(wanted, attained, 1.0), math.inf)
             split = int(bounds[:, int(ratio.argmin())].argmin())
             (middle, half), parent = cells.pop(split), bounds[split]
@@ -100,11 +99,12 @@ class DeflatedCost:
         return least_costs(np.sort(leaving), np.sort(entering), self.sizes)
 
 
-def least_costs(leaving: np.ndarray, entering: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def least_costs(leaving: np.ndarray, entering: np.ndarray, sizes: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
     """Lower bounds on min over t of sum_{i<s} (leaving_i - t)_+^2 + (entering_i + t)_+^2, for s in ``sizes``.
 
     leaving, entering: float64, rising (entering with its sign changed); they may cross. Newton's iteration on a convex
-    function with a piecewise linear derivative, kept inside a bracket; what is left of the slope is subtracted.
+    function with a piecewise linear derivative, kept inside a bracket; what is left of the slope is subtracted, at most
+    the share ``tolerance`` where the iteration gets so far.
     """
     pivot = (leaving[0] - entering[0]) / 2
     sides = [leaving - pivot, entering + pivot]
@@ -117,17 +117,18 @@ def least_costs(leaving: np.ndarray, entering: np.ndarray, sizes: np.ndarray) ->
     for _ in range(_NEWTON_STEPS):
         value, slope, active = _at(t, sides, sums, sizes)
         loss = np.abs(slope) * (high - low)
-        if (loss <= 1e-6 * value + 1e-18).all():
+        enough = loss <= tolerance * value + 1e-18
+        if enough.all():
             break
         low, high = np.where(slope <= 0, t, low), np.where(slope >= 0, t, high)
         moved = t - slope / np.maximum(2 * active, 1)
         inside = (moved > low) & (moved < high)
-        t = np.where(loss <= 1e-6 * value + 1e-18, t, np.where(inside, moved, (low + high) / 2))
+        t = np.where(enough, t, np.where(inside, moved, (low + high) / 2))
     magnitude = sum(
-        side_sums[1][sizes] + 2 * (np.abs(t) + width) * np.maximum(np.abs(side_sums[0]).max(), 0) + 2 * sizes * t**2
-        for side_sums in sums
+        second[sizes] + 2 * (np.abs(t) + width) * np.maximum.accumulate(np.abs(first))[sizes] + 2 * sizes * t**2
+        for first, second in sums
     )
-    return np.maximum(value - loss - (2 * sizes + 32) * _EPS * magnitude, 0.0)
+    return np.maximum(value - loss - (2 * sizes + 32) * EPS * magnitude, 0.0)
 
 
 def _at(t: np.ndarray, sides: list, sums: list, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robattr_fast.certificates.moments.eigenvalues import EPS, largest_eigenvalue
+from robattr_fast.certificates.moments.eigenvalues import largest_eigenvalue
+from robattr_fast.certificates.moments.rounding import EPS
 from robattr_fast.ops.packed_gram import packed_gram
 from robattr_fast.reference._pack_levels import pack_levels, unpack_levels
 

@@ -28,9 +28,8 @@ from robattr_fast.certificates.moments.concentration import (
     trace_estimate,
 )
 from robattr_fast.certificates.moments.deflation import DeflatedSummary
-
-_EPS = float(np.finfo(np.float64).eps)
-_INWARD = 1 - 1e-9
+from robattr_fast.certificates.moments.least_moves import least_costs
+from robattr_fast.certificates.moments.rounding import EPS, INWARD
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class SecondMoments:
         if distance > math.sqrt(self.norm**2 + self.k_tau) or eigenvalue == 0:
             return math.inf
         slope = (distance - self.error) / math.sqrt(eigenvalue)
-        return self.sigma * math.sqrt(math.log1p(slope**2)) * _INWARD
+        return self.sigma * math.sqrt(math.log1p(slope**2)) * INWARD
 
 
 def second_moments(
@@ -160,7 +159,7 @@ def second_moments(
             frobenius = min(frobenius, frobenius_bound(summary, spectral, sure, k_tau, frobenius_alpha))
         error = missing + error_bound(trace, samples, frobenius, spectral, sure, error_alpha)
         tighter = k_tau + min(k_tau, (norm + error) ** 2)
-        if tighter >= sure * _INWARD:
+        if tighter >= sure * INWARD:
             break
         sure = tighter
     shrunk = None
@@ -191,55 +190,19 @@ class TopKCost:
         pivot = descending[k - 1]
         above = descending[k - most : k][::-1] - pivot
         below = pivot - descending[k : k + most]
-        self.costs = _least_costs(above, below)
+        sizes = np.arange(1, most + 1)
+        self.costs = np.maximum.accumulate(least_costs(above, below, sizes, tolerance=1e-13)) if most else np.empty(0)
 
     def overlap(self, distance: float) -> int:
         """How many of the top K stay, for every map whose distance from p^ is at most ``distance``."""
-        return self.k - int(np.searchsorted(self.costs, distance**2 * (1 + 4 * _EPS), side="right"))
+        return self.k - int(np.searchsorted(self.costs, distance**2 * (1 + 4 * EPS), side="right"))
 
     def distance(self, overlap: int) -> float:
         """Every map nearer to p^ than this keeps ``overlap`` of the top K; inf if every map does."""
         leavers = self.k - overlap + 1
         if leavers < 1:
             return 0.0
-        return math.inf if leavers > len(self.costs) else math.sqrt(self.costs[leavers - 1]) * _INWARD
-
-
-def _least_costs(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Lower bounds on min over t of sum_{i<s} (above_i - t)_+^2 + (t + below_i)_+^2, s = 1..len, both rising from 0."""
-    if len(above) == 0:
-        return np.empty(0)
-    from_above = np.cumsum(above) > np.cumsum(below)
-    # If the s leavers lie farther from the pivot than the entrants, the best t is positive; else mirror the problem.
-    costs = np.where(from_above, _one_sided_costs(above, below), _one_sided_costs(below, above))
-    return np.maximum.accumulate(np.maximum(costs, 0.0))
-
-
-def _one_sided_costs(near: np.ndarray, far: np.ndarray) -> np.ndarray:
-    """The same for the s whose best t is >= 0: there every ``far`` term is active, and of ``near`` those above t."""
-    size = np.arange(1, len(near) + 1)
-    near_1, near_2 = (np.concatenate(([0.0], np.cumsum(near**power))) for power in (1, 2))
-    far_1, far_2 = np.cumsum(far), np.cumsum(far**2)
-    # The derivative in t is concave on [0, inf) and negative at 0: Newton climbs to its root without passing it,
-    # in finitely many steps, as each step only drops near terms.
-    t = np.zeros(len(near))
-    dropped = np.zeros(len(near), dtype=np.int64)
-    for _ in range(64):
-        active = 2 * size - dropped
-        t = np.maximum((near_1[size] - near_1[dropped] - far_1) / active, 0.0)
-        now = np.minimum(np.searchsorted(near, t, side="right"), size)
-        if (now <= dropped).all():
-            break
-        dropped = np.maximum(dropped, now)
-    dropped = np.minimum(np.searchsorted(near, t, side="right"), size)
-    first, second = near_1[size] - near_1[dropped], near_2[size] - near_2[dropped]
-    remaining = size - dropped
-    value = second - 2 * t * first + remaining * t**2 + far_2 + 2 * t * far_1 + size * t**2
-    slope = 2 * ((remaining + size) * t - first + far_1)
-    # Convexity turns what is left of the slope into a lower bound; the last term bounds the rounding of all sums.
-    width = near + far + t
-    magnitude = near_2[size] + far_2 + 2 * size * t**2 + 2 * (t + width) * (near_1[size] + far_1 + 2 * size * t)
-    return value - np.abs(slope) * width - (2 * size + 32) * _EPS * magnitude
+        return math.inf if leavers > len(self.costs) else math.sqrt(self.costs[leavers - 1]) * INWARD
 
 
 def _divergence(ratio: float) -> float:
@@ -251,7 +214,7 @@ def _cosine(distance: float, norm: float) -> float:
     if not distance < norm:
         return 0.0
     # As a product it keeps its digits where the distance comes near the norm.
-    return math.sqrt((norm - distance) * (norm + distance)) / norm * (1 - 4 * _EPS)
+    return math.sqrt((norm - distance) * (norm + distance)) / norm * (1 - 4 * EPS)
 
 
 def _check_radius(radius: float) -> None:

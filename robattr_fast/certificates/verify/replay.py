@@ -20,7 +20,7 @@ from robattr_fast.certificates.engine.environment import differences
 from robattr_fast.certificates.engine.state import State
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.certificates.verify.consistency import implausible, mean_refuted
-from robattr_fast.metrics.overlap import top_k
+from robattr_fast.metrics.overlap import set_size, top_k
 from robattr_fast.ops import _check
 from robattr_fast.ops.sparsify import sparsify
 from robattr_fast.reference._select import selected
@@ -58,7 +58,7 @@ def replay(
     *,
     samples: int | None = 64,
     seed: int = 0,
-    k: int | None = None,
+    k: float | None = None,
 ) -> Replay:
     """Take samples of a certificate again and compare.
 
@@ -83,7 +83,7 @@ def replay(
         x: [*S], its input.
         samples: number of samples, at most as many as there are; None: all.
         seed: of the choice.
-        k: size of the top-k set whose total is tested; default n // 5.
+        k: size of the top-k set whose total is tested, a number or a share of elements; default n // 5.
 
     Raises:
         ValueError: a certificate that cannot be replayed, or arguments out of range.
@@ -93,7 +93,7 @@ def replay(
     total = int(cert.samples[0])
     if samples is not None:
         samples = _check.integer("samples", samples, 1, total)
-    k = max(1, settings.n // 5) if k is None else _check.integer("k", k, 1, settings.n)
+    k = max(1, settings.n // 5) if k is None else set_size(k, settings.n, settings.n)
     assert settings.input_hashes is not None
     faults = []
     if _model.fingerprint(model) != settings.model_fingerprint:

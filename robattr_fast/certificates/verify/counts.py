@@ -1,21 +1,16 @@
-"""What `verify` holds against a certificate without its model: the counts themselves, and what lies beside the file."""
+"""What the counts of a certificate must satisfy, checked without its model."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.certificate.certificate import Certificate
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.certificates.verify.replay import same_moments
-from robattr_fast.jobs.record import MANIFEST, TABLE, Record
-from robattr_fast.jobs.results import Row, label
 from robattr_fast.reference._pack_levels import unpack_levels
 from robattr_fast.reference._select import selected
 
-_TOLERANCE = 1e-9  # relative, of numbers that went through text
-_NOT_OF_THE_COUNTS = ("name", "source", "class_name", "seconds")
+_TOLERANCE = 1e-9  # relative, of sums of float64
 
 
 def support_faults(cert: Certificate) -> list[str]:
@@ -63,57 +58,3 @@ def _level_counts(rows: torch.Tensor, levels: int, n: int) -> torch.Tensor:
         for level in range(1, levels + 1):
             counts[:, level - 1] += (unpacked == level).sum(0)
     return counts
-
-
-def record_faults(cert: Certificate, record: Record) -> list[str]:
-    """Where manifest or table say something else than the certificate."""
-    settings, faults = cert.settings, []
-    if record.image:
-        said = {"model_fingerprint": record.model_fingerprint, **record.image}
-        held = {
-            "model_fingerprint": settings.model_fingerprint,
-            "image_id": _only(settings.image_ids),
-            "input_hash": _only(settings.input_hashes),
-            "batch_size": settings.batch_size,
-            "memory_format": settings.memory_format,
-        }
-        faults += [
-            f"{MANIFEST} says {name} {said.get(name)}, the file {held[name]}"
-            for name in held
-            if said.get(name) != held[name]
-        ]
-    return faults + (_row_faults(cert, record) if record.row else [])
-
-
-def _row_faults(cert: Certificate, record: Record) -> list[str]:
-    """The row is made again from the counts, for its own k and radii."""
-    said = record.row
-    if len(cert) != 1:
-        return [f"{TABLE} has one image of this name, the file {len(cert)}"]
-    columns = [name for name in said if name.startswith("overlap@")]
-    known = {f"{radius:g}": radius for radius in record.settings.get("radius") or ()}
-    try:
-        k = int(said["k"])
-        radii = [known.get(name.partition("@")[2]) or float(name.partition("@")[2]) for name in columns]
-        row = Row.of(cert, label(cert, None), k, radii)
-    except (KeyError, ValueError, TypeError) as error:
-        return [f"{TABLE}: its row cannot be checked: {error}"]
-    held = row.tsv(radii)
-    return [
-        f"{TABLE} says {name} {said.get(name)}, the counts give {value}"
-        for name, value in held.items()
-        if name not in _NOT_OF_THE_COUNTS and not _agree(said.get(name), value)
-    ]
-
-
-def _agree(text: str | None, value: object) -> bool:
-    if isinstance(value, float):
-        try:
-            return math.isclose(float(text or "nan"), value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-        except ValueError:
-            return False
-    return text == ("" if value is None else str(value))
-
-
-def _only(entries: tuple | None):
-    return entries[0] if entries is not None and len(entries) == 1 else None
