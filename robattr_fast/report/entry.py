@@ -42,7 +42,7 @@ class Entry:
         cert: of this one image, with maps [n], [H, W] or [C, H, W].
         image: the model's input [C, H, W] in [0, 1], of the height and width of the maps; None: the map alone is shown.
         class_name: of the class that most samples vote for.
-        own_class: of the class that the model gives to the image itself; empty: not known.
+        own_class: of the class that the model gives to the image itself, where most noisy copies have another.
         remarks: printed above the pictures, beside those on the certificate itself.
         attacked: (k, L2 radius, share) of the top-k that an attack left, drawn beside what is certified.
 
@@ -228,7 +228,7 @@ def _facts(entry: Entry) -> str:
         radius = float(cert.prediction().radius[0]) if settings.ledger.label > 0 else 0.0
         known = f"class {entry.class_name} ({number})" if entry.class_name else f"class {number}"
         facts.append(f"{known}, {f'certified to radius {shown_radius(radius)}' if radius > 0 else 'not certified'}")
-        if entry.own_class and entry.own_class != (entry.class_name or str(number)):
+        if entry.own_class:
             facts[-1] = f"noisy copies say {facts[-1]}; the model says {entry.own_class}"
     facts += [
         f"{int(cert.samples[0])} samples",
