@@ -12,7 +12,7 @@ from robattr_fast.errors import CertificateFileError
 from robattr_fast.inputs.images import Preprocess
 from robattr_fast.inputs.names import from_cell
 from robattr_fast.jobs.failures import described
-from robattr_fast.jobs.record import Record
+from robattr_fast.jobs.record import Record, read_attacked
 from robattr_fast.jobs.sources import find_image
 from robattr_fast.jobs.verification import Folders, record_faults
 from robattr_fast.report.page import SHARES, Entry, page
@@ -71,6 +71,7 @@ def _entries(
         raise CertificateFileError(f"{path}: {faults[0]} (robattr-fast verify says more)")
     hashes = certs.settings.input_hashes
     entries = []
+    attacked = read_attacked(path) if len(certs) == 1 else []
     for index in range(len(certs)):
         cert = certs[index]
         shape = cert.settings.shape
@@ -87,6 +88,7 @@ def _entries(
                 name=path.stem if len(certs) == 1 else f"{path.stem} [{index}]",
                 cert=cert,
                 image=image,
+                attacked=attacked,
                 class_name=from_cell(record.row.get("class_name", "")),
                 own_class=_own_class(cert, record),
                 remarks=[] if image is not None else [missing],
