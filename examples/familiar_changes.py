@@ -48,7 +48,7 @@ def jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
 def moved(x: torch.Tensor, values: int) -> torch.Tensor:
     """The first ``values`` values by one grey level, away from the nearer end."""
     flat = x.flatten().clone()
-    flat[:values] += torch.where(flat[:values] > 0.5, -1.0, 1.0) / 255
+    flat[:values] += torch.where(flat[:values] > 0.5, -1.0, 1.0).double() / 255
     return flat.view_as(x)
 
 

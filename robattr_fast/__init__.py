@@ -1,6 +1,6 @@
 """Saliency maps that come with a proof: fused operators and certificates for robust attribution."""
 
-from robattr_fast import attributions, backends, metrics, nn, reference
+from robattr_fast import attacks, attributions, backends, metrics, nn, reference
 from robattr_fast.attributions.smoothgrad import smoothgrad
 from robattr_fast.certificates import Certificate, Progress, StopWhen, Suggestion, certify, suggest
 from robattr_fast.errors import (
@@ -36,6 +36,7 @@ __all__ = [
     "Progress",
     "StopWhen",
     "Suggestion",
+    "attacks",
     "attributions",
     "backends",
     "betting_bounds",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from _photos import write_photos
-from models import cnn_of_photographs
+from models import cnn_of_photographs, small_cnn
 
 pytestmark = pytest.mark.once
 
@@ -29,6 +29,7 @@ def snippets(page: str) -> str:
 PAGES = [
     "README.md",
     "docs/python.md",
+    "docs/attacks.md",
     "docs/attention.md",
     "docs/attributions.md",
     "docs/folders.md",
@@ -121,6 +122,21 @@ def test_attacks_keep_their_size_and_find_more_than_chance():
             torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.full((2,), 0.5))
             changes.append(example.change(before, attribution(model, x + delta, target)).detach())
         assert bool((changes[1] > changes[0]).all())
+
+
+def test_example_of_attacked_beside_certified(fashion, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("attacked", EXAMPLE.parent / "attacked_beside_certified.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "trained", lambda folder: small_cnn(1, 28, 10))
+    small = "--images 1 --radii 0.01 1.0 --samples 128 --check 64 --attack-samples 8 --steps 2"
+    table = tmp_path / "pairs.tsv"
+    monkeypatch.setattr(sys, "argv", ["attacked", "--data", str(fashion), "--out", str(table), *small.split()])
+    example.main()
+    head, *rows = [line.split("\t") for line in table.read_text().splitlines()]
+    assert tuple(head) == example.FIELDS
+    assert [(row[3], row[-1]) for row in rows] == [("0.01", "0"), ("1.0", "0")]
+    assert "2 pairs, 0 crossed" in capsys.readouterr().out
 
 
 def test_pixel_example(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from robattr_fast.cli.attack import attack
 from robattr_fast.cli.bench import bench
 from robattr_fast.cli.certify import certify
 from robattr_fast.cli.doctor import doctor
@@ -37,6 +38,7 @@ def _main(
 
 app.command()(certify)
 app.command()(verify)
+app.command()(attack)
 app.command()(report)
 app.command()(bench)
 app.command()(doctor)

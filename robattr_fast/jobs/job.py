@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,10 @@ from robattr_fast.jobs.failures import EXPECTED, one_line
 from robattr_fast.jobs.folder import Folder, Say, WriteError
 from robattr_fast.jobs.options import Options, checked_device, stop_rule
 from robattr_fast.jobs.record import CERTIFICATE, PICTURE, Record
-from robattr_fast.jobs.results import Results, Row, class_name, describe, entry, label
+from robattr_fast.jobs.results import Results, Row, describe, entry, label
 from robattr_fast.jobs.resume import SAMPLING, Earlier
 from robattr_fast.machine import tune_allocator
-from robattr_fast.model import autocast, batch_sizes, dtype_named, fingerprint, forward
+from robattr_fast.model import fingerprint
 from robattr_fast.report.sizes import top_size
 
 # Of one image, not of the run: the next image may do better.
@@ -233,6 +234,8 @@ class Run:
             batches = self.batches.get(first.x.shape, batches)
         start = self.clock()
         interrupted = False
+        logger = logging.getLogger("robattr_fast")
+        logger.addFilter(_told_by_name)
         try:
             certs = certify_images(
                 self.module,
@@ -253,6 +256,8 @@ class Run:
                 f"{error} (it was given images {list(first.x.shape)}, in RGB and of their own size; a model that "
                 "expects others is named by a callable that returns (module, preprocess), or gets float .npy arrays)"
             ) from error
+        finally:
+            logger.removeFilter(_told_by_name)
         seconds = (self.clock() - start) / len(group)
         for image, cert in zip(group, (certs[i] for i in range(len(group))), strict=True):
             if int(cert.samples[0]) > 0:
@@ -279,7 +284,9 @@ class Run:
     def _found(self, image: _Image, cert: Certificate) -> None:
         """A finished certificate of an earlier run."""
         seconds = self.earlier.seconds(image.source, cert, self.settings)
-        row = self.earlier.row(image.source, cert, self.settings, image.index) or self._row(image, cert, seconds)
+        names = self.model.class_names
+        row = self.earlier.row(image.source, cert, self.settings, names, image.index)
+        row = row or self._row(image, cert, seconds)
         self._note(image, cert, row, drawn=self.earlier.drawn(image.source, self.settings))
 
     def _row(self, image: _Image, cert: Certificate, seconds: float) -> Row:
@@ -292,22 +299,9 @@ class Run:
             source=str(image.source.path),
             seconds=seconds,
             values=image.x.numel(),
-            own=self._own_class(image.x),
+            class_names=self.model.class_names,
             index=image.index,
         )
-
-    @torch.no_grad()
-    def _own_class(self, x: torch.Tensor) -> tuple[int, str] | None:
-        """What the model says of the image itself; None if it cannot be asked."""
-        dtype = self.settings["autocast"]
-        least, _ = batch_sizes(self.module)
-        try:
-            with autocast(self.device, None if dtype is None else dtype_named(dtype)):
-                batch = x[None].expand(least, *x.shape).to(self.device)
-                number = int(forward(self.module, batch)[0].argmax())
-        except ModelError:
-            return None
-        return number, class_name(number, self.model.class_names)
 
     def _keep(self, image: _Image, cert: Certificate) -> None:
         """The certificate, before all else: a picture can be drawn again."""
@@ -359,6 +353,11 @@ class Run:
     def _fail(self, source: images.Source, message: str) -> None:
         self.results.fail(source.name, source.path, message)
         self.say("error", message if str(source.path) in message else f"{source.path}: {message}")
+
+
+def _told_by_name(record: logging.LogRecord) -> bool:
+    """What the library logs of disagreeing classes knows images by number alone; each is told by its name here."""
+    return "most noisy copies" not in record.getMessage()
 
 
 def _named(error: Exception) -> ValueError:

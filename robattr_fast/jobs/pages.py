@@ -12,8 +12,9 @@ from robattr_fast.errors import CertificateFileError
 from robattr_fast.inputs.images import Preprocess
 from robattr_fast.inputs.names import from_cell
 from robattr_fast.jobs.failures import described
+from robattr_fast.jobs.record import Record, read_attacked
 from robattr_fast.jobs.sources import find_image
-from robattr_fast.jobs.verification import Folders, record_faults, record_remarks
+from robattr_fast.jobs.verification import Folders, record_faults
 from robattr_fast.report.page import SHARES, Entry, page
 from robattr_fast.report.sizes import top_size
 
@@ -70,6 +71,7 @@ def _entries(
         raise CertificateFileError(f"{path}: {faults[0]} (robattr-fast verify says more)")
     hashes = certs.settings.input_hashes
     entries = []
+    attacked = read_attacked(path) if len(certs) == 1 else []
     for index in range(len(certs)):
         cert = certs[index]
         shape = cert.settings.shape
@@ -86,9 +88,17 @@ def _entries(
                 name=path.stem if len(certs) == 1 else f"{path.stem} [{index}]",
                 cert=cert,
                 image=image,
+                attacked=attacked,
                 class_name=from_cell(record.row.get("class_name", "")),
-                own_class=from_cell(record.row.get("model_class_name", "")),
-                remarks=[*([] if image is not None else [missing]), *record_remarks(certs, record)],
+                own_class=_own_class(cert, record),
+                remarks=[] if image is not None else [missing],
             )
         )
     return entries
+
+
+def _own_class(cert: Certificate, record: Record) -> str:
+    """Of the image itself, where most noisy copies have another."""
+    if cert.settings.clean_class is None or cert.disagreements()[0] is None:
+        return ""
+    return from_cell(record.row.get("model_class_name", "")) or str(cert.settings.clean_class[0])

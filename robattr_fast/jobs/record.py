@@ -22,6 +22,8 @@ from robattr_fast.inputs.names import cell, from_cell
 
 MANIFEST, TABLE, JOURNAL = "manifest.json", "certificates.tsv", "manifest.jsonl"
 CERTIFICATE, PICTURE, CHECKPOINT = ".safetensors", ".png", ".checkpoint"
+ATTACKED = ".attacked.tsv"
+"""What an attack left of the certified top set, beside the certificate."""
 
 RUN = ("settings", "model_fingerprint", "versions", "device", "backends")
 """What the manifest says of a run."""
@@ -45,6 +47,22 @@ def find_certificates(paths: Iterable[str | Path]) -> tuple[list[Path], list[str
             raise FileNotFoundError(f"{path}: no certificate here" if path.is_dir() else f"{path}: no such file")
         found |= dict.fromkeys(files)
     return list(found), passed_over
+
+
+def read_attacked(path: Path) -> list[tuple[int, float, float]]:
+    """(k, radius, share that was left) per row of the attack beside a certificate; none without one.
+
+    Raises CertificateFileError if there is one that cannot be read.
+    """
+    beside = path.with_name(f"{path.stem}{ATTACKED}")
+    if not beside.exists():
+        return []
+    try:
+        with beside.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, delimiter="\t")
+            return [(int(row["k"]), float(row["radius"]), float(row["attacked"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CertificateFileError(f"{beside}: not what robattr-fast attack writes ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Row:
     values: int | None = None
     """Of the image: pixels times channels."""
     own: tuple[int, str] | None = None
-    """The class that the model gives to the image itself, and its name; None where it was not asked."""
+    """The class that the model gives to the image itself (-1: none), and its name; None where it is not known."""
+    differs: str | None = None
+    """What is to be said where most noisy copies are of another class than the image itself."""
     reason: str | None = None
     """Why ``bound`` is not the one asked for."""
     nothing: str | None = None
@@ -86,7 +88,7 @@ class Row:
         source: str = "",
         seconds: float = 0.0,
         values: int | None = None,
-        own: tuple[int, str] | None = None,
+        class_names: Sequence[str] | None = None,
         index: int = 0,
     ) -> Row:
         """What ``cert``, of one image, says; it is not kept, for a run may have thousands."""
@@ -112,26 +114,23 @@ class Row:
             n=settings.n,
             seconds=seconds,
             values=values,
-            own=own,
             index=index,
-        ).explained(cert, radii)
+        ).explained(cert, radii, class_names)
 
-    def explained(self, cert: Certificate, radii: Sequence[float]) -> Row:
+    def explained(self, cert: Certificate, radii: Sequence[float], class_names: Sequence[str] | None) -> Row:
         """With what the table does not hold."""
         nothing = None if any(self.shares) else words.nothing_certified(cert, self.k, radii)
-        return dataclasses.replace(self, reason=cert.reason, nothing=nothing)
+        own = None
+        if cert.settings.clean_class is not None:
+            number = cert.settings.clean_class[0]
+            own = number, class_name(number, class_names) if number >= 0 else "none"
+        differs = words.disagreements(cert, class_names)[0]
+        return dataclasses.replace(self, reason=cert.reason, nothing=nothing, own=own, differs=differs)
 
     @property
     def classes(self) -> str:
         """For people: of the noisy copies, and of the image itself where that is another."""
-        return words.classes(self.label.name, None if self.own is None else self.own[1])
-
-    @property
-    def differs(self) -> str | None:
-        """What is to be said where noisy copies are of another class than the image itself."""
-        if self.own is None or self.own[0] == self.label.number:
-            return None
-        return words.differing(self.own[1], self.label.name)
+        return words.classes(self.label.name, self.own[1] if self.own is not None and self.differs else None)
 
     @classmethod
     def from_tsv(cls, row: dict[str, str], radii: Sequence[float], index: int) -> Row:
@@ -163,7 +162,6 @@ class Row:
             n=int(row["n"]),
             seconds=float(row["seconds"]),
             values=int(row["values"]),
-            own=None if row["model_class"] == "" else (int(row["model_class"]), from_cell(row["model_class_name"])),
             index=index,
         )
 

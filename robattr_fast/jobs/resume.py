@@ -129,7 +129,14 @@ class Earlier:
         same = same and all((record.settings or {}).get(name) == settings[name] for name in SAMPLING)
         return (record.seconds or 0.0) if same else 0.0
 
-    def row(self, source: images.Source, cert: Certificate, settings: dict[str, Any], index: int) -> Row | None:
+    def row(
+        self,
+        source: images.Source,
+        cert: Certificate,
+        settings: dict[str, Any],
+        class_names: Sequence[str] | None,
+        index: int,
+    ) -> Row | None:
         """The row of a finished certificate as it was written, if these settings ask for the same numbers."""
         record = self.record(source)
         if record.settings != settings or record.image.get("input_hash") not in (cert.settings.input_hashes or ()):
@@ -139,7 +146,7 @@ class Earlier:
         except (KeyError, ValueError):
             return None
         row.seconds = self.seconds(source, cert, settings)
-        row = row.explained(cert, settings["radius"])
+        row = row.explained(cert, settings["radius"], class_names)
         return row if row.samples == int(cert.samples[0]) and row.source == str(source.path) else None
 
     def drawn(self, source: images.Source, settings: dict[str, Any]) -> bool:

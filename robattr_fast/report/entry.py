@@ -27,6 +27,10 @@ from robattr_fast.report.sizes import size_words, top_size
 _STEPS = 80  # of the slider at most; a byte of `steps` holds up to 127 on either side
 _PALE = (0.55, 0.45)  # grey level of black, and what white adds
 _NO_IMAGE = 0xE4
+_ATTACKED = (
+    '<span class="key"><svg viewBox="0 0 34 8" aria-hidden="true"><circle class="attacked" cx="17" cy="4" r="3.5"/>'
+    "</svg>left by an attack</span>"
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Entry:
         cert: of this one image, with maps [n], [H, W] or [C, H, W].
         image: the model's input [C, H, W] in [0, 1], of the height and width of the maps; None: the map alone is shown.
         class_name: of the class that most samples vote for.
-        own_class: of the class that the model gives to the image itself; empty: not known.
+        own_class: of the class that the model gives to the image itself, where most noisy copies have another.
         remarks: printed above the pictures, beside those on the certificate itself.
+        attacked: (k, L2 radius, share) of the top-k that an attack left, drawn beside what is certified.
 
     Raises:
         ValueError: more than one image, or shapes that cannot be shown together.
@@ -51,6 +56,7 @@ class Entry:
     class_name: str = ""
     own_class: str = ""
     remarks: Sequence[str] = field(default_factory=tuple)
+    attacked: Sequence[tuple[int, float, float]] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
         shape = self.cert.settings.shape
@@ -100,6 +106,7 @@ class Shown:
             self.sets.append(
                 {
                     "k": k,
+                    "attacked": [[radius, left] for size, radius, left in entry.attacked if size == k],
                     "counts": [by_method.get(name) for name in self.methods],
                     "inside": (inside.numpy() > steps).sum(1).tolist(),
                     "outside": (outside.numpy() > steps).sum(1).tolist(),
@@ -144,7 +151,8 @@ class Shown:
             grid=_axes(self.grid),
             panels="panels" if photograph else "panels pair",
             paths="".join(f'<path class="m{i}" data-method="{i}"/>' for i in reversed(range(len(self.methods)))),
-            key="".join(_key(i, method) for i, method in enumerate(self.methods)),
+            key="".join(_key(i, method) for i, method in enumerate(self.methods))
+            + (_ATTACKED if entry.attacked else ""),
             columns="".join(f'<th scope="col">{radius:g}</th>' for radius in radii),
             rows=_rows(entry, self.shares, radii),
             manifest="".join(
@@ -220,7 +228,7 @@ def _facts(entry: Entry) -> str:
         radius = float(cert.prediction().radius[0]) if settings.ledger.label > 0 else 0.0
         known = f"class {entry.class_name} ({number})" if entry.class_name else f"class {number}"
         facts.append(f"{known}, {f'certified to radius {shown_radius(radius)}' if radius > 0 else 'not certified'}")
-        if entry.own_class and entry.own_class != (entry.class_name or str(number)):
+        if entry.own_class:
             facts[-1] = f"noisy copies say {facts[-1]}; the model says {entry.own_class}"
     facts += [
         f"{int(cert.samples[0])} samples",

@@ -77,6 +77,12 @@ function show() {
       const counts = set.counts[path.dataset.method];
       path.setAttribute("d", counts ? staircase(counts, set.k) : "");
     });
+    part("attacked").replaceChildren(...set.attacked.map(([at, left]) => {
+      const circle = document.createElementNS(part("attacked").namespaceURI, "circle");
+      const values = { class: "attacked", r: 4, cx: x(at / page.radii[1]), cy: y(left) };
+      Object.entries(values).forEach(([name, value]) => circle.setAttribute(name, value));
+      return circle;
+    }));
     part("now").setAttribute("x1", x(step));
     part("now").setAttribute("x2", x(step));
     part("dot").setAttribute("cx", x(step));

@@ -44,7 +44,8 @@ def page(
             f"entries, shares, radii: got {len(entries)}, {len(shares)}, {len(radii)}, expected some of each"
         )
     shares = sorted(set(shares))
-    grid = radius_steps([entry.cert for entry in entries], shares, radii)
+    attacked = [radius for entry in entries for _, radius, _ in entry.attacked]
+    grid = radius_steps([entry.cert for entry in entries], shares, [*radii, *attacked])
     shown = [Shown(entry, shares, grid) for entry in entries]
     script, style = asset("page.js"), asset("page.css")
     start = min(range(len(grid)), key=lambda step: abs(grid[step] - sorted(radii)[len(radii) // 2]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from robattr_fast.reference._select import selected
+
 
 def checked_size(k: float) -> float:
     """A share in (0, 1/2], or a count: an int >= 1. Raises ValueError."""
@@ -14,7 +16,7 @@ def checked_size(k: float) -> float:
 
 def top_size(k: float, n: int) -> int:
     """The number of elements in the top set of a map of ``n``. Raises ValueError where that is more than half of it."""
-    size = int(k) if k >= 1 else max(1, int(k * n))
+    size = int(k) if k >= 1 else selected(k, n)
     if not 1 <= size <= n // 2:
         raise ValueError(f"k: got {size} of the {n} elements of a map, expected at most half of them, {n // 2}")
     return size

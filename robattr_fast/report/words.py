@@ -21,6 +21,7 @@ def remarks(cert: Certificate) -> list[str]:
         found.append(cert.reason)
     elif cert.stopped_off_plan:
         found.append(f"{_listed(cert.samples)} samples of {_listed(cert.settings.planned_samples or ())} planned")
+    found += [line for line in disagreements(cert) if line is not None]
     if cert.invalid.any():
         found.append(f"{_listed(cert.invalid)} samples were not finite and count as the zero map")
     return found
@@ -31,12 +32,10 @@ def classes(noisy: str, own: str | None) -> str:
     return noisy if own in (None, noisy) else f"noisy copies say {noisy}, the model says {own}"
 
 
-def differing(own: str, noisy: str) -> str:
-    """What a reader must know where the two differ."""
-    return (
-        f"the model says class {own}, most of its noisy copies {noisy}: map and certified class are of the smoothed "
-        "model; a smaller --sigma brings the two together"
-    )
+def disagreements(cert: Certificate, class_names: Sequence[str] | None = None) -> list[str | None]:
+    """`Certificate.disagreements`, without the number of an image that is the only one."""
+    lines = cert.disagreements(class_names)
+    return lines if len(cert) > 1 else [line and line.removeprefix("image 0: ") for line in lines]
 
 
 def nothing_certified(cert: Certificate, k: int, radii: Sequence[float]) -> str | None:
