@@ -22,7 +22,8 @@ from robattr_fast.reference._select import selected
 from robattr_fast.sampling.arguments import check_images
 from robattr_fast.sampling.batch import Scored, next_batch
 from robattr_fast.sampling.map import Map, Stream
-from robattr_fast.sampling.sampler import SamplingProgress, prepared
+from robattr_fast.sampling.preparation import prepared
+from robattr_fast.sampling.sampler import SamplingProgress
 
 _REPORT_SECONDS = 0.5
 

@@ -25,7 +25,7 @@ from robattr_fast.inputs import images
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling.batch import next_batch
 from robattr_fast.sampling.map import Map, Stream
-from robattr_fast.sampling.sampler import prepared
+from robattr_fast.sampling.preparation import prepared
 
 SIGMA, TAU, ALPHA, RETAIN = 0.2, 0.1, 0.05, 2048
 RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192

@@ -20,7 +20,6 @@ from robattr_fast.model.folding import fold_batchnorm
 from robattr_fast.ops import _check
 from robattr_fast.ops.noisy_samples import fill
 from robattr_fast.sampling.batch import Scored, Segment, by_segment, filled, first_rows
-from robattr_fast.sampling.map import Map, Stream
 from robattr_fast.sampling.step import Following, Step, can_capture
 from robattr_fast.sampling.trial import MEMORY_FORMATS, Way, fastest, seconds_of
 
@@ -428,49 +427,3 @@ class Sampler:
     def _score(self, segments: Sequence[Segment], batch: torch.Tensor, target: torch.Tensor | None) -> list[Scored]:
         with _model.autocast(self.x.device, self.autocast):
             return by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
-
-
-def prepared(
-    model: nn.Module, x: torch.Tensor, map: Map, stream: Stream, *, counted: tuple[int, int] = (0, 0)
-) -> Sampler:
-    """The sampler of the user's model, on a private copy; ModelError if that cannot be explained.
-
-    x: [B, *S]. ``counted``: as in `Sampler`. Set the batch size before `Sampler.run`.
-    """
-
-    def of(private: nn.Module) -> Sampler:
-        return Sampler(
-            private,
-            x,
-            sigma=map.sigma,
-            target=None if map.target is None else torch.tensor(map.target, device=x.device),
-            explain=map.explain,
-            seed=stream.seed,
-            image_ids=torch.tensor(stream.image_ids, device=x.device),
-            autocast=map.autocast,
-            counted=counted,
-        )
-
-    sampler = of(_model.private_copy(model))
-    if _model.has_hooks(model) and not _alike(sampler, of(_model.private_copy(model, quiet=False)), model):
-        _logger.info("hooks of the model run as they are: its forward depends on what they collect")
-        sampler = of(_model.private_copy(model, quiet=False))
-    sampler.prepare()
-    return sampler
-
-
-def _alike(quiet: Sampler, plain: Sampler, model: nn.Module) -> bool:
-    """Whether a copy whose hooks collect nothing computes what one with the user's own hooks does."""
-    try:
-        with _model.unchanged(model):
-            _, theirs = plain._logits_of_one_row()
-    except Exception:  # of the user's model: the quiet copy says what is wrong
-        return True
-    try:
-        _, ours = quiet._logits_of_one_row()
-    except Exception:  # a hook or forward that misses what it shares with others
-        return False
-    among = torch.ones_like(ours[0], dtype=torch.bool)
-    return ours.shape == theirs.shape and _model.apart(ours, theirs, among, quiet._eps(ours))[0] <= quiet._half_digits(
-        ours
-    )

@@ -27,7 +27,8 @@ from robattr_fast.metrics.overlap import set_size
 from robattr_fast.ops import _check
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling.map import Map, Stream
-from robattr_fast.sampling.sampler import Sampler, prepared
+from robattr_fast.sampling.preparation import prepared
+from robattr_fast.sampling.sampler import Sampler
 
 _MEASURED = torch.bfloat16  # what autocast="auto" tries
 

@@ -20,7 +20,8 @@ from robattr_fast.metrics.overlap import set_size
 from robattr_fast.ops import _check
 from robattr_fast.sampling.batch import Segment
 from robattr_fast.sampling.map import Map, Stream
-from robattr_fast.sampling.sampler import Sampler, prepared
+from robattr_fast.sampling.preparation import prepared
+from robattr_fast.sampling.sampler import Sampler
 
 _LAST_SAMPLE = 2**32
 

@@ -27,7 +27,8 @@ from robattr_fast.reference._select import selected
 from robattr_fast.reference.noisy_samples import STREAM_VERSION
 from robattr_fast.sampling.batch import Segment, next_batch
 from robattr_fast.sampling.map import Stream
-from robattr_fast.sampling.sampler import Sampler, prepared
+from robattr_fast.sampling.preparation import prepared
+from robattr_fast.sampling.sampler import Sampler
 
 FALSE_ALARM = 1e-3
 """Probability, over the choice of the replayed samples, that a true certificate is found at fault."""
