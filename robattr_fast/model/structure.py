@@ -8,7 +8,6 @@ itself writes (a last activation, a counter) are a model's history, and left out
 
 from __future__ import annotations
 
-import dis
 import enum
 import functools
 import hashlib
@@ -16,7 +15,6 @@ import itertools
 import os
 import re
 import sys
-import sysconfig
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Set
@@ -26,6 +24,17 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from robattr_fast.model.code import (
+    function_in,
+    globals_in,
+    is_installed,
+    is_standard,
+    methods_of,
+    module_root,
+    reached_in,
+    written_by,
+    written_in,
+)
 from robattr_fast.model.hooks import HOOKS
 from robattr_fast.model.private import unwrapped
 
@@ -35,24 +44,6 @@ PREFIX = "2"
 _OF_MODULES = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _MANGLED = re.compile(r"___torch_mangle_\d+\.")
-_MUTATORS = frozenset(
-    (
-        "append",
-        "appendleft",
-        "extend",
-        "extendleft",
-        "insert",
-        "add",
-        "update",
-        "clear",
-        "pop",
-        "popleft",
-        "popitem",
-        "remove",
-        "setdefault",
-        "discard",
-    )
-)
 _HISTORY_OF_PACKAGES = frozenset(("_name_or_path", "name_or_path", "transformers_version", "_commit_hash"))
 _NOT_CODE = frozenset(
     (
@@ -184,7 +175,7 @@ class _Walk:
             yield self.of(value.__getstate__()) if hasattr(value, "__getstate__") else ""
         elif isinstance(value, np.ufunc):
             yield value.__name__
-        standard = _module_root(kind) in ("torch", "numpy") or _is_standard(kind)
+        standard = module_root(kind) in ("torch", "numpy") or is_standard(kind)
         if standard and not isinstance(value, types.SimpleNamespace):
             return  # locks, loggers, generators, operators: by name
         yield self.of(kind)
@@ -194,7 +185,7 @@ class _Walk:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if hasattr(value, name):
                     held[name] = getattr(value, name)
-        written = _written_by(kind, ("__call__", *_methods(kind)))
+        written = written_by(kind, ("__call__", *methods_of(kind)))
         yield from self.attributes(held, written)
 
     def attributes(self, held: Mapping[str, Any], written: Set[str]) -> Iterable[bytes | str]:
@@ -216,7 +207,7 @@ class _Walk:
         for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
             yield f"tensor {name}"
             yield self.of(tensor)
-        written = _written_by(type(module), ("forward", "__call__"))
+        written = written_by(type(module), ("forward", "__call__"))
         held = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
         if isinstance(module, fx.GraphModule):
             held = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
@@ -232,7 +223,7 @@ class _Walk:
 
     def packed(self, module: nn.Module) -> Iterable[bytes | str]:
         """Tensors that a module keeps in an object of C++, as quantized layers do."""
-        if _module_root(type(module)) != "torch" or "quantized" not in type(module).__module__:
+        if module_root(type(module)) != "torch" or "quantized" not in type(module).__module__:
             return
         own: dict[str, Any] = {}
         module._save_to_state_dict(own, "", keep_vars=False)
@@ -259,15 +250,15 @@ class _Walk:
     def of_class(self, kind: type) -> Iterable[bytes | str]:
         yield f"class {kind.__name__}"
         for base in kind.__mro__:
-            if _is_installed(base):
+            if is_installed(base):
                 yield f"{base.__module__}.{base.__name__}"
                 continue
-            reached = _reached(kind) if issubclass(kind, nn.Module) else None
-            written = _written_by(kind, ("forward", "__call__"))
+            reached = reached_in(kind) if issubclass(kind, nn.Module) else None
+            written = written_by(kind, ("forward", "__call__"))
             for name, value in sorted(vars(base).items()):
                 if name in _NOT_CODE or name in written or name.startswith("_abc"):
                     continue
-                function = _function_in(value)
+                function = function_in(value)
                 if function is not None and reached is not None and name not in reached:
                     continue
                 yield name
@@ -277,7 +268,7 @@ class _Walk:
                     yield self.of(function if function is not None else value)
 
     def function(self, function: types.FunctionType) -> Iterable[bytes | str]:
-        if _is_installed(function):
+        if is_installed(function):
             yield f"function {function.__module__}.{function.__qualname__}"
             for cell in function.__closure__ or ():
                 yield self.cell(cell)
@@ -286,12 +277,12 @@ class _Walk:
         yield self.of(function.__code__)
         yield self.of(function.__defaults__)
         yield self.of(function.__kwdefaults__)
-        written = _writes(function.__code__)
+        written = written_in(function.__code__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name not in written:
                 yield name
                 yield self.cell(cell)
-        for name in sorted(_globals(function.__code__)):
+        for name in sorted(globals_in(function.__code__)):
             if name in function.__globals__ and name not in written:
                 yield name
                 yield self.of(function.__globals__[name])
@@ -345,104 +336,3 @@ def tensor_bytes(tensor: torch.Tensor) -> Any:
 def _without_place(text: str) -> str:
     """A string, without the folder where it is an absolute path, and without addresses."""
     return os.path.basename(text) if os.path.isabs(text) else _ADDRESS.sub("", text)
-
-
-def _module_root(value: Any) -> str:
-    return (getattr(value, "__module__", None) or "").partition(".")[0]
-
-
-def _is_standard(value: Any) -> bool:
-    root = _module_root(value)
-    return root == "builtins" or (root in sys.stdlib_module_names and root != "__main__")
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_installed_root(root: str) -> bool:
-    if root in ("builtins", "torch", "numpy", "robattr_fast") or root in sys.stdlib_module_names:
-        return root != "__main__"
-    file = getattr(sys.modules.get(root), "__file__", None)
-    places = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")}
-    return file is not None and any(os.path.abspath(file).startswith(place + os.sep) for place in places if place)
-
-
-def _is_installed(value: Any) -> bool:
-    return _is_installed_root(_module_root(value))
-
-
-def _function_in(value: Any) -> types.FunctionType | None:
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    return value if isinstance(value, types.FunctionType) else None
-
-
-def _methods(kind: type) -> list[str]:
-    return [name for base in kind.__mro__ for name, value in vars(base).items() if _function_in(value) is not None]
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Names that the code looks up, in functions inside of it too."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
-
-
-@functools.lru_cache(maxsize=4096)
-def _globals(code: types.CodeType) -> frozenset[str]:
-    """Names of globals that the code looks up, in functions inside of it too."""
-    own = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    inner = (_globals(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(own).union(*inner)
-
-
-@functools.lru_cache(maxsize=4096)
-def _writes(code: types.CodeType) -> frozenset[str]:
-    """Names of attributes, globals and cells that the code assigns to, or changes in place."""
-    found: set[str] = set()
-    held = ""
-    previous = ""
-    for step in dis.get_instructions(code):
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_DEREF"):
-            found.add(str(step.argval))
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _MUTATORS and previous:
-            found.add(previous)
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") and held:
-            found.add(held)
-        names = ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME", "LOAD_METHOD", "LOAD_CLOSURE")
-        previous = str(step.argval) if step.opname in names else previous if step.opname in ("PUSH_NULL",) else ""
-        held = previous or held
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _writes(constant)
-    return frozenset(found)
-
-
-def _reached(kind: type) -> set[str]:
-    """Names of the attributes of a class that its forward refers to, and of those that these refer to."""
-    reached: set[str] = set()
-    left = ["forward", "__call__", "__getattr__"]
-    while left:
-        name = left.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for base in kind.__mro__:
-            value = vars(base).get(name)
-            functions: list[Any] = [value.fget] if isinstance(value, property) else [_function_in(value)]
-            for function in functions:
-                if isinstance(function, types.FunctionType) and not _is_installed(function):
-                    left += [other for other in _names(function.__code__) if other not in reached]
-    return reached
-
-
-def _written_by(kind: type, starts: Iterable[str]) -> frozenset[str]:
-    """Attributes that the code of a class writes when it is called: its history, not what it is."""
-    names = _reached(kind) if issubclass(kind, nn.Module) else set(starts)
-    found: set[str] = set()
-    for base in kind.__mro__:
-        if _is_installed(base):
-            continue
-        for name in names - {"__init__", "__new__", "__setstate__", "__post_init__"}:
-            function = _function_in(vars(base).get(name))
-            if function is not None:
-                found |= _writes(function.__code__)
-    return frozenset(found)
