@@ -1,4 +1,4 @@
-"""T7 and the one-sided bounds once more, one number at a time, in 40 digits, from the text of docs/certificates.md.
+"""T7 and the one-sided bounds once more, one number at a time, in 40 digits, from the text of docs/second-moments.md.
 
 Nothing of the package is imported: constants are written as the page writes them. Bounds that are the largest solution
 of an inequality are given as the inequality ("admits"), so that a number can be told to lie on the right side of it.

@@ -42,6 +42,9 @@ INSIDE = {
     ],
 }
 
+LONGEST = 420
+"""Lines of a file: a longer one wants to be two."""
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -131,6 +134,15 @@ def test_no_package_has_the_name_of_a_public_function():
     packages = {path.parent.name for path in PYTHON_FILES if is_face(path) and path.parent.parent == PACKAGE}
     functions = {name for name in package.__all__ if not isinstance(getattr(package, name), type(sys))}
     assert not packages & functions
+
+
+@pytest.mark.parametrize("folder", ["robattr_fast", "kernels", "benchmarks", "examples", "docs"])
+def test_no_file_is_too_long(folder):
+    if not (ROOT / folder).is_dir():
+        pytest.skip(f"{folder} is not beside the tests")
+    written = [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md", ".html", ".css", ".js", ".toml"}]
+    long = {p: len(p.read_text().splitlines()) for p in written if not {"csrc", "records"} & set(p.parts)}
+    assert not {str(path): lines for path, lines in long.items() if lines > LONGEST}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)

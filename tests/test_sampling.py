@@ -75,7 +75,7 @@ class Limited(Elementwise):
 @pytest.mark.parametrize("fail", [allocate_too_much, cuda_gives_up, windows_gives_up])
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_batch_is_halved_and_the_run_goes_on(fail, backward, caplog):
-    model = Limited(lambda calls: 64 if calls < 8 else 10, fail, backward=backward)
+    model = Limited(lambda calls: 64 if calls < 11 else 10, fail, backward=backward)
     with caplog.at_level(logging.WARNING, logger="robattr_fast"):
         certificate = rf.certify(model, X, **COMMON, batch_size=64)
     warnings = [record.getMessage() for record in caplog.records if record.name == "robattr_fast"]

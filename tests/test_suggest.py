@@ -9,6 +9,7 @@ from _larger import larger
 from models import Elementwise, small_cnn
 
 import robattr_fast as rf
+from robattr_fast.certificates.engine import expected as extrapolation
 from robattr_fast.certificates.engine import suggest as module
 from robattr_fast.certificates.moments.concentration import GramSummary, summarize_gram, trace_estimate
 
@@ -49,7 +50,7 @@ def test_expected_moments_are_those_of_more_samples():
     for seed in range(6):
         rows = rank_one(128, seed, n=2000).float()
         seen = summarize_gram((rows @ rows.T).long(), 1)
-        expected = module._expected_summary(seen, trace_estimate(rows.sum(0).int()[:, None], 128), 1024, 1)
+        expected = extrapolation._expected_summary(seen, trace_estimate(rows.sum(0).int()[:, None], 128), 1024, 1)
         pilots.append((seen.to_array(), expected.to_array()))
     seen, expected = np.mean(pilots, axis=0)
     rows = rank_one(1024, 7, n=2000).float()
@@ -63,7 +64,7 @@ def test_expected_moments_are_those_of_more_samples():
 
 def test_expected_counts_scatter_as_those_of_more_samples():
     few, many = (rank_one(samples, seed).sum(0, dtype=torch.int32)[:, None] for samples, seed in ((64, 0), (4096, 1)))
-    expected = module._expected_counts(few, 64, 4096, trace_estimate(few, 64))
+    expected = extrapolation._expected_counts(few, 64, 4096, trace_estimate(few, 64))
     assert expected.dtype == torch.int32
     assert int(expected.min()) >= 0
     assert int(expected.max()) <= 4096
@@ -80,7 +81,7 @@ def test_expected_counts_of_levels_are_counts():
     levels = torch.randint(0, 6, (40, 300), generator=generator)
     counts = torch.stack([(levels == level).sum(0, dtype=torch.int32) for level in range(1, 6)], dim=1)
     for samples in (20, 40, 4000):
-        expected = module._expected_counts(counts, 40, samples, trace_estimate(counts, 40))
+        expected = extrapolation._expected_counts(counts, 40, samples, trace_estimate(counts, 40))
         assert (expected >= 0).all()
         assert (expected.sum(1) <= samples).all()
 
@@ -103,9 +104,9 @@ def test_pilot_counts_are_those_of_certify():
         model, x, sigma=0.3, tau=0.2, gamma=0.1, levels=5, samples=30, first_sample=2**32 - 30, image_ids=[4, 9]
     )
     seen = []
-    expected = module._expected
+    expected = module.expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_expected", lambda one, settings: seen.append(one) or expected(one, settings))
+        patch.setattr(module, "expected", lambda one, settings: seen.append(one) or expected(one, settings))
         rf.suggest(
             model, x, 20, 0.1, sigma=0.3, pilot=30, taus=(0.3, 0.2), gammas=(0.1,), levels=(5,), image_ids=[4, 9]
         )

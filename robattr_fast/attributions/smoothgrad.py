@@ -14,6 +14,7 @@ from torch import nn
 
 from robattr_fast.attributions.differentiable import Recomputation
 from robattr_fast.errors import NonFiniteError
+from robattr_fast.model import neutral
 from robattr_fast.ops import _check
 from robattr_fast.ops.soft_topk import soft_topk
 from robattr_fast.ops.sparsify import sparsify
@@ -135,6 +136,7 @@ def _print_progress(event: SamplingProgress) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+@neutral()
 def smoothgrad(
     model: nn.Module,
     x: torch.Tensor,

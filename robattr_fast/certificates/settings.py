@@ -21,7 +21,7 @@ from robattr_fast.certificates.fields import (
 )
 from robattr_fast.certificates.ledger import AlphaLedger
 from robattr_fast.certificates.theorems.bounds import BOUNDS, check_bound
-from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name
+from robattr_fast.model import AUTOCAST, EXPLANATIONS, dtype_name, dtype_named, explanation_name, other_model
 from robattr_fast.sampling.map import Map
 
 NONFINITE = ("raise", "zero", "abstain")
@@ -37,9 +37,8 @@ SAME_MAP = (
     "explain",
     "target",
     "autocast",
-    "model_fingerprint",
 )
-"""Fields that define the smoothed map."""
+"""Fields that define the smoothed map, but for the model: that is told by `Settings.other_model`."""
 
 PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target", "clean_class", "clean_score")
 """Fields with one entry per image."""
@@ -89,6 +88,7 @@ class Settings:
         exploration: bound, slack, alpha chosen after the fact, in place of those above. Such a certificate explores.
         autocast: name of the dtype in which the model ran under torch.autocast; None: without.
         model_fingerprint, input_hashes: of the model, and of each image.
+        model_identity: what else tells the model and its method from others, see `model.other_model`.
         device, batch_size, batch_images, memory_format, folded, backends, versions: where and how the samples were
             taken: rows per forward pass, number of images that shared the passes, "contiguous" or "channels_last"
             (None: contiguous, before there was a choice), whether BatchNorm was folded, backends per operator.
@@ -122,6 +122,7 @@ class Settings:
     exploration: Evaluation | None = None
     autocast: str | None = None
     model_fingerprint: str | None = None
+    model_identity: dict[str, Any] | None = None
     input_hashes: tuple[str, ...] | None = None
     device: str | None = None
     batch_size: int | None = None
@@ -208,6 +209,10 @@ class Settings:
         declared = _resolved(evaluation) == self.declared
         return dataclasses.replace(self, exploration=None if declared else evaluation)
 
+    def other_model(self, other: "Settings") -> str | None:
+        """Why model or method cannot be the same as those of other settings; None where nothing speaks against it."""
+        return other_model(self.model_fingerprint, self.model_identity, other.model_fingerprint, other.model_identity)
+
     def select(self, images: list[int]) -> "Settings":
         """The settings of some of the images."""
         chosen: dict[str, Any] = {}
@@ -271,6 +276,33 @@ def _exploration(name: str, value: Any) -> Evaluation | None:
     return Evaluation(**{part: _FIELDS[part](f"{name}.{part}", getattr(value, part)) for part in _EVALUATION})
 
 
+def _identity(name: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    rows = each(each(optional(number(-1e300, 1e300, beyond=True))))
+    parts: dict[str, Check] = {
+        "shape": each(_SIZE),
+        "dtype": one_of("float64", "float32", "bfloat16", "float16"),
+        "autocast": one_of(None, *AUTOCAST),
+        "output": text,
+        "logits": rows,
+        "gradients": rows,
+        "scores": rows,
+    }
+    checks: dict[str, Check] = {
+        "first": text,
+        "explain": text,
+        "behaviour": lambda name, part: _parts(name, part, parts),
+    }
+    return _parts(name, value, checks)
+
+
+def _parts(name: str, value: Any, checks: dict[str, Check]) -> dict[str, Any]:
+    if not isinstance(value, dict) or not set(value) <= set(checks):
+        raise TypeError(f"{name} must have parts among {', '.join(checks)}, got {shown(value)}")
+    return {part: checks[part](f"{name}.{part}", entry) for part, entry in value.items()}
+
+
 _EVALUATION = tuple(field.name for field in dataclasses.fields(Evaluation))
 _FIELDS: dict[str, Check] = {
     "sigma": number(1e-30, 1e30),  # noise is float32
@@ -298,6 +330,7 @@ _FIELDS: dict[str, Check] = {
     "exploration": _exploration,
     "autocast": one_of(None, *AUTOCAST),
     "model_fingerprint": _NAME,
+    "model_identity": _identity,
     "input_hashes": optional(each(text)),
     "device": _NAME,
     "batch_size": optional(integer(1, 2**20)),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from robattr_fast.errors import ModelError
+from robattr_fast.model.hooks import settle
+from robattr_fast.model.output import checked_logits, logits_in
+from robattr_fast.model.surroundings import users_defaults
 
 # callable(model, batch [N, *S], target [N] or None) -> scores [N, *S]
 Explanation = Callable[[nn.Module, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -47,25 +51,37 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Logits [N, classes] of a batch [N, *S]; ModelError says what is wrong with anything else."""
+    settle(model)
     try:
-        logits = model(batch)
+        with users_defaults():
+            returned = model(batch)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         shape = tuple(batch.shape)
-        raise ModelError(f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}") from error
-    return checked_logits(logits, batch)
+        raise ModelError(
+            f"model: its forward failed on a batch of shape {shape}, {batch.dtype}: {error}{_hint(error, batch)}"
+        ) from error
+    if not isinstance(returned, torch.Tensor):
+        _forms[model] = logits_in(returned)[1]
+    return checked_logits(returned, batch)
 
 
-def checked_logits(logits: object, batch: torch.Tensor) -> torch.Tensor:
-    """What a model returned for a batch [N, *S], if it is floating-point logits [N, classes]; else ModelError."""
-    if not isinstance(logits, torch.Tensor):
-        raise ModelError(f"model: it returned {type(logits).__name__}, takes a model that returns one tensor of logits")
-    if logits.dim() != 2 or logits.shape[0] != batch.shape[0]:
-        raise ModelError(f"model: it returned shape {tuple(logits.shape)}, takes logits [{batch.shape[0]}, classes]")
-    if not logits.is_floating_point():
-        raise ModelError(f"model: it returned dtype {logits.dtype}, takes floating-point logits")
-    return logits
+_forms: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def output_form(model: nn.Module) -> str:
+    """Where in what the model returned `forward` has found the logits: see `output.logits_in`; "" for a tensor."""
+    return _forms.get(model, "")
+
+
+def _hint(error: Exception, batch: torch.Tensor) -> str:
+    if batch.dim() == 4 and "channels" in str(error):
+        return (
+            f" (the batch has {batch.shape[1]} channels; a model spec whose images are of another kind returns "
+            "(module, preprocess), where preprocess makes the tensor [C, H, W] of an image)"
+        )
+    return ""
 
 
 def selected_logits(logits: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
@@ -88,15 +104,42 @@ def input_gradient(
     """
     leaf = batch if create_graph else batch.detach().requires_grad_()
     with torch.enable_grad():
-        logits = forward(model, leaf)
+        logits = _forward_of_leaf(model, leaf)
         if not logits.requires_grad:
-            raise ModelError("model: its output does not depend on its input (no gradient flows back to it)")
+            raise ModelError(_no_gradient(model))
         (gradient,) = torch.autograd.grad(
             selected_logits(logits, target).sum(), leaf, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
-        raise ModelError("model: its output does not depend on its input (no gradient flows back to it)")
+        raise ModelError(_no_gradient(model))
     return gradient, logits if create_graph else logits.detach()
+
+
+_writing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that write into their input, as nn.ReLU(inplace=True) in front: autograd allows it on a copy alone."""
+
+
+def _forward_of_leaf(model: nn.Module, leaf: torch.Tensor) -> torch.Tensor:
+    if model in _writing:
+        return forward(model, leaf.clone())
+    try:
+        return forward(model, leaf)
+    except ModelError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+    logits = forward(model, leaf.clone())
+    _writing.add(model)
+    return logits
+
+
+def _no_gradient(model: nn.Module) -> str:
+    reason = "model: its output does not depend on its input (no gradient flows back to it)"
+    quantized = next((m for m in model.modules() if ".quantized" in f".{type(m).__module__}"), None)
+    if quantized is not None:
+        reason += f": {type(quantized).__name__} is quantized and has no gradient; explain the float model"
+    elif torch.is_inference_mode_enabled():
+        reason += ": torch.inference_mode() is on, under which none is recorded"
+    return reason
 
 
 def scores(
@@ -114,7 +157,8 @@ def scores(
     assert callable(explain)
     with torch.no_grad():
         logits = forward(model, batch.clone())  # a model may write into its input
-    attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
+    with torch.enable_grad(), users_defaults():  # also where the caller has switched gradients off
+        attribution = explain(model, batch, target if target is not None else logits.argmax(dim=1))
     allowed = [batch.shape] if batch.dim() < 3 else [batch.shape, batch.shape[:1] + batch.shape[2:]]
     if not isinstance(attribution, torch.Tensor) or attribution.shape not in allowed:
         got = tuple(attribution.shape) if isinstance(attribution, torch.Tensor) else type(attribution).__name__
@@ -123,34 +167,3 @@ def scores(
             f"explain: the callable returned {got}, takes scores of the batch's shape {tuple(batch.shape)}{pixels}"
         )
     return attribution.detach(), logits
-
-
-def check_fixed(alone: torch.Tensor, mixed: torch.Tensor, half_digits: float) -> None:
-    """ModelError unless a sample has the same logits in every row of a batch of its like and beside other samples.
-
-    Logits [N, classes], of which ``alone`` has one sample in all rows, ``mixed`` that sample in the first.
-    """
-    rows = alone.double()
-    allowed = half_digits * float(rows[0].norm())
-    among = float((rows - rows[0]).norm(dim=1).max())
-    if among > allowed:
-        raise ModelError(
-            f"model: equal rows of one batch get different logits (by {among:.1e}): it is random, as by dropout "
-            "that is active in eval mode (torch.nn.functional.dropout without training=self.training)"
-        )
-    apart = float((mixed[0].double() - rows[0]).norm())
-    if apart > allowed:
-        raise ModelError(
-            f"model: the logits of an input change (by {apart:.1e}) with the other rows of the batch, or from call to "
-            "call: a normalisation by the statistics of the batch, or randomness; takes a fixed function of each row"
-        )
-
-
-def check_repeatable(once: torch.Tensor, again: torch.Tensor, half_digits: float) -> None:
-    """ModelError unless a callable gives one sample the same scores twice; NaN is judged later."""
-    difference = float((once.double() - again.double()).nan_to_num().norm())
-    if difference > half_digits * float(once.double().nan_to_num().norm()):
-        raise ModelError(
-            f"explain: the callable gives one sample different scores from call to call, or from row to row "
-            f"of a batch (by {difference:.1e}); takes a fixed function of each row"
-        )

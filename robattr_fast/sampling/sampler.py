@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,10 @@ _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
-_NEARLY = 0.02  # of the norm of logits: further off, another dtype makes too much of another model
+# Of the logits that compete, RMS, and of the gradient: further off, another dtype makes too much of another model. One
+# logit of many may be off by a few times as much.
+_NEARLY, _WORST, _NEARLY_GRADIENT = 0.02, 4, 0.5
+_PILOT = 2**32 - 2**20  # first of the samples that only checks and trials see
 
 Follow = Callable[[int], Following]
 """What a captured step goes on to, of so many rows."""
@@ -58,6 +61,7 @@ class Sampler:
         seed: 0 <= seed < 2^64.
         image_ids: int64 [B].
         autocast: dtype in which the model runs under torch.autocast; None: as its surroundings have it.
+        counted: samples (first, end) of the run: checks and trials use others.
 
     Set the batch size (and with it the memory format, and autocast where that is to be chosen) before `run`.
     """
@@ -73,6 +77,7 @@ class Sampler:
         seed: int,
         image_ids: torch.Tensor,
         autocast: torch.dtype | None = None,
+        counted: tuple[int, int] = (0, 0),
     ) -> None:
         self.model = model
         self.x = x.detach().contiguous()
@@ -83,6 +88,7 @@ class Sampler:
         self.seed = _check.seed(seed)
         self.image_ids = image_ids.to(x.device)
         self.least, self.most = _model.batch_sizes(model)
+        self.pilot = _PILOT if counted[1] <= _PILOT else 0  # a run that reaches so far starts in the second half
         self.folded = False
         self.classes = 0
         self.batch_size = self._clamped(_FIRST_ROWS)
@@ -94,31 +100,79 @@ class Sampler:
 
     def prepare(self) -> int:
         """Fold BatchNorm where that is exact; a model that cannot be explained fails here. Gives ``classes``."""
-        alone = self.sparing(self._logits_of_one_row)
-        classes = alone.shape[1]
+        alone, first = self.sparing(self._alone_and_mixed)
+        classes = alone[1].shape[1]
         if self.target is not None and not bool(((self.target >= 0) & (self.target < classes)).all()):
-            raise ValueError(f"target: got {self.target.tolist()}, takes classes in [0, {classes})")
-        (first,) = self.sparing(lambda: self._run([Segment(0, 0, self.batch_size)], self.batch_size))
-        _model.check_fixed(alone, first.logits, self._half_digits(alone))
+            raise ValueError(f"target: got {self.target.tolist()}, expected classes in [0, {classes})")
+        half_digits = self._half_digits(alone[1])
         if callable(self.explain):
-            once, half_digits = first.scores[0].clone(), self._half_digits(first.scores)
-            for again in self.sparing(lambda: self._run([Segment(0, 0, 1)] * self.batch_size, self.batch_size)):
-                _model.check_repeatable(once, again.scores[0], half_digits)
-        else:  # a callable may look at the model's layers: it gets them as they are
+            # Scores are judged by themselves, and blamed on the callable.
+            nothing = (alone[0].new_zeros(1, 1),) * 2
+            _model.check_fixed((nothing[0], alone[1]), (nothing[1], first[1]), half_digits, self._eps(alone[1]))
+            for again in alone[0]:
+                _model.check_repeatable(first[0][0], again, self._half_digits(first[0]))
+        else:
+            _model.check_fixed(alone, first, half_digits, self._eps(alone[1]))
+            # A callable may look at the model's layers: it gets them as they are.
             self.model, self.folded = fold_batchnorm(self.model, self._buffer)
         self.classes = classes
         return classes
 
+    def _eps(self, result: torch.Tensor) -> float:
+        """Of the coarsest dtype in which the model computes."""
+        coarse = self.autocast or self.x.dtype
+        return max(torch.finfo(dtype).eps for dtype in (coarse, result.dtype))
+
     def _half_digits(self, result: torch.Tensor) -> float:
         """Relative: kernels may round differently from call to call, randomness changes the first digit or two."""
-        coarse = self.autocast or self.x.dtype
-        return max(torch.finfo(dtype).eps for dtype in (coarse, result.dtype)) ** 0.5
+        return self._eps(result) ** 0.5
 
-    def _logits_of_one_row(self) -> torch.Tensor:
-        """Of the first sample of the first image, in every row of a batch."""
-        self._fill([Segment(0, 0, 1)] * self.batch_size, self.batch_size)
-        with torch.no_grad(), _model.autocast(self.x.device, self.autocast):
-            return _model.forward(self.model, self._buffer)
+    def _alone_and_mixed(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """(scores, logits) of a batch of one pilot sample in every row, and of that sample beside others."""
+        return self._logits_of_one_row(), self._scored([self._pilot(self.batch_size)])
+
+    def _logits_of_one_row(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, logits) of the first pilot sample, in every row of a batch."""
+        return self._scored([self._pilot(1)] * self.batch_size)
+
+    def _scored(self, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._run(segments, self.batch_size)
+        return torch.cat([one.scores.clone() for one in found]), torch.cat([one.logits.clone() for one in found])
+
+    def behaviour(self, autocast: torch.dtype | None) -> dict[str, Any]:
+        """What the model does with a few fixed inputs under ``autocast``, see `model.behaviour`."""
+        return self.sparing(
+            lambda: _model.behaviour(self.model, self.x, self.explain, autocast, rows=self._clamped(self._few()))
+        )
+
+    def _few(self) -> int:
+        return min(self.batch_size, _FIRST_ROWS)
+
+    def witness(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, logits) of a few pilot samples, as the run takes its own. Steps that were captured are dropped."""
+        rows = self._clamped(self._few())
+        (found,) = self._run([self._pilot(rows)], rows)
+        return found.scores.clone(), found.logits.clone()
+
+    def check_witness(self, before: tuple[torch.Tensor, torch.Tensor], since: str) -> None:
+        """ModelError if the model now does something else with the pilot samples than `witness` gave."""
+        scores, logits = self.sparing(self.witness)
+        rows = min(len(scores), len(before[0]))  # memory may have ended in between
+        known = before[0][:rows].to(scores.device), before[1][:rows].to(logits.device)
+        far, _ = _model.apart(logits[:rows], known[1], _model.competing(known[1]), self._eps(logits))
+        same = (logits[:rows].argmax(dim=1) == known[1].argmax(dim=1)).nonzero()[:, 0]
+        turned = _model.gradients_apart(scores[:rows][same], known[0][same])
+        half_digits = self._half_digits(logits)
+        if far > half_digits or turned > max(_model.GRADIENT, 4 * half_digits):
+            raise ModelError(
+                f"model: it is not the function that it was {since} (logits differ by {far:.1e} of those that compete, "
+                f"scores by {turned:.1e}): it changes while it is called, or was changed; expected a fixed function of "
+                "each row"
+            )
+
+    def _pilot(self, count: int) -> Segment:
+        """Samples of the first image that no run counts: what decides between maps must not see those of the map."""
+        return Segment(0, self.pilot, count)
 
     def set_batch_size(
         self,
@@ -180,17 +234,17 @@ class Sampler:
             ways = [way for way in ways if way.memory_format == ways[0].memory_format]
         if len(ways) == 1:
             return ways
-        batch, before = [Segment(0, 0, self.batch_size)], Way(self.memory_format, self.autocast)
+        before = Way(self.memory_format, self.autocast)
         usable: list[Way] = []
-        known = torch.empty(0)
+        known: tuple[torch.Tensor, torch.Tensor] | None = None
         for way in ways:
             self.memory_format, self.autocast = way
             try:
-                logits = self._run(batch, self.batch_size)[0].logits
-                allowed = self._half_digits(logits)
-                if way.autocast != ways[0].autocast:
-                    _model.check_fixed(self._logits_of_one_row(), logits, allowed)
-                    allowed = _NEARLY
+                alone, mixed = self._alone_and_mixed()
+                half_digits = self._half_digits(mixed[1])
+                if known is not None and way.autocast != ways[0].autocast:
+                    _model.check_fixed(alone, mixed, half_digits, self._eps(mixed[1]))
+                reason = None if known is None else self._other(mixed, known, way.autocast != ways[0].autocast)
             except Exception as error:  # a model may take views that only one format allows, or dtypes
                 if not usable:
                     raise
@@ -198,18 +252,30 @@ class Sampler:
                 continue
             finally:
                 self.memory_format, self.autocast = before
-            if not usable:
-                known = logits.double()
-            apart = float((logits.double() - known).norm())
-            if usable and not apart <= allowed * float(known.norm()):
-                _logger.warning("batches are not %s: the model gives other logits for them (by %.1e)", way, apart)
+            if reason is not None:
+                _logger.warning("batches are not %s: the model gives other %s for them", way, reason)
                 continue
+            known = known or mixed
             usable.append(way)
         return usable
 
+    def _other(
+        self, ours: tuple[torch.Tensor, torch.Tensor], known: tuple[torch.Tensor, torch.Tensor], coarser: bool
+    ) -> str | None:
+        """What differs by more than rounding between two ways, each (scores, logits); None: nothing does."""
+        worst, usual = _model.apart(ours[1], known[1], _model.competing(known[1]), self._eps(ours[1]))
+        allowed = _NEARLY if coarser else self._half_digits(ours[1])
+        if not (usual <= allowed and worst <= (_WORST * allowed if coarser else allowed)):
+            return f"logits (by {worst:.1e} of those that compete)"
+        same = (ours[1].argmax(dim=1) == known[1].argmax(dim=1)).nonzero()[:, 0]
+        turned = _model.gradients_apart(ours[0][same], known[0][same])
+        if turned > (_NEARLY_GRADIENT if coarser else max(_model.GRADIENT, 4 * allowed)):
+            return f"gradients (by {turned:.1e} of their norm)"
+        return None
+
     def _seconds(self, size: int, way: Way) -> float | None:
         """Of one batch of this size; None where it does not fit into memory."""
-        batch = [Segment(0, 0, size)]
+        batch = [self._pilot(size)]
         self.memory_format, self.autocast = way
 
         def work() -> None:
@@ -364,20 +430,47 @@ class Sampler:
             return by_segment(segments, *_model.scores(self.model, batch, target, self.explain))
 
 
-def prepared(model: nn.Module, x: torch.Tensor, map: Map, stream: Stream) -> Sampler:
+def prepared(
+    model: nn.Module, x: torch.Tensor, map: Map, stream: Stream, *, counted: tuple[int, int] = (0, 0)
+) -> Sampler:
     """The sampler of the user's model, on a private copy; ModelError if that cannot be explained.
 
-    x: [B, *S]. Set the batch size before `Sampler.run`.
+    x: [B, *S]. ``counted``: as in `Sampler`. Set the batch size before `Sampler.run`.
     """
-    sampler = Sampler(
-        _model.private_copy(model),
-        x,
-        sigma=map.sigma,
-        target=None if map.target is None else torch.tensor(map.target, device=x.device),
-        explain=map.explain,
-        seed=stream.seed,
-        image_ids=torch.tensor(stream.image_ids),
-        autocast=map.autocast,
-    )
+
+    def of(private: nn.Module) -> Sampler:
+        return Sampler(
+            private,
+            x,
+            sigma=map.sigma,
+            target=None if map.target is None else torch.tensor(map.target, device=x.device),
+            explain=map.explain,
+            seed=stream.seed,
+            image_ids=torch.tensor(stream.image_ids, device=x.device),
+            autocast=map.autocast,
+            counted=counted,
+        )
+
+    sampler = of(_model.private_copy(model))
+    if _model.has_hooks(model) and not _alike(sampler, of(_model.private_copy(model, quiet=False)), model):
+        _logger.info("hooks of the model run as they are: its forward depends on what they collect")
+        sampler = of(_model.private_copy(model, quiet=False))
     sampler.prepare()
     return sampler
+
+
+def _alike(quiet: Sampler, plain: Sampler, model: nn.Module) -> bool:
+    """Whether a copy whose hooks collect nothing computes what one with the user's own hooks does."""
+    try:
+        with _model.unchanged(model):
+            _, theirs = plain._logits_of_one_row()
+    except Exception:  # of the user's model: the quiet copy says what is wrong
+        return True
+    try:
+        _, ours = quiet._logits_of_one_row()
+    except Exception:  # a hook or forward that misses what it shares with others
+        return False
+    among = torch.ones_like(ours[0], dtype=torch.bool)
+    return ours.shape == theirs.shape and _model.apart(ours, theirs, among, quiet._eps(ours))[0] <= quiet._half_digits(
+        ours
+    )

@@ -15,6 +15,7 @@ from robattr_fast.certificates.certificate.statements import Statements
 from robattr_fast.certificates.moments.summary import Summary
 from robattr_fast.certificates.settings import Evaluation, Settings
 from robattr_fast.errors import CertificateFileError, MergeError
+from robattr_fast.model import neutral_methods
 from robattr_fast.ops import _check
 from robattr_fast.reference._pack_levels import pack_levels
 from robattr_fast.reference._select import selected
@@ -22,6 +23,7 @@ from robattr_fast.reference._select import selected
 _KEEP: Any = object()
 
 
+@neutral_methods
 class Certificate(Statements):
     """What q noisy samples per image prove about B smoothed maps of shape [*M], n elements each.
 

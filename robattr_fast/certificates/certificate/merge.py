@@ -52,6 +52,8 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
             raise MergeError(f"{name} differs: {ours!r} and {theirs!r}")
+    if (reason := first.other_model(second)) is not None:
+        raise MergeError(f"model_fingerprint, model_identity: {reason}")
     if first.intervals is None or second.intervals is None:
         raise MergeError("intervals are unknown: counts without sample indices may hold the same samples twice")
     if len(first.intervals) != len(second.intervals):
@@ -71,6 +73,7 @@ def merge_settings(first: Settings, second: Settings) -> Settings:
         merged=True,
         intervals=tuple(_union(ours, theirs, image) for image, (ours, theirs) in enumerate(pairs)),
         planned_samples=tuple(map(min, zip(*plans, strict=True))) if plans else None,
+        model_identity=first.model_identity or second.model_identity,
         device=" + ".join(sorted(devices)) or None,
         batch_size=first.batch_size if first.batch_size == second.batch_size else None,
         batch_images=first.batch_images if first.batch_images == second.batch_images else None,

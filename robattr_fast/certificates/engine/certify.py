@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from robattr_fast.sampling.sampler import Sampler, prepared
 _MEASURED = torch.bfloat16  # what autocast="auto" tries
 
 
+@_model.neutral()
 def certify(
     model: nn.Module,
     x: torch.Tensor,
@@ -124,6 +126,7 @@ def certify(
         levels=levels,
         autocast=autocast,
     )
+    asked = map.autocast
     stream = Stream.checked(x, seed, image_ids)
     samples = _check.integer("samples", samples, 1, 2**31 - 1)
     first_sample = _check.integer("first_sample", first_sample, 0, 2**32 - samples)
@@ -141,6 +144,9 @@ def certify(
     clean_class, clean_score = clean_prediction(model, x, map.autocast)
     if is_predicted:
         map = dataclasses.replace(map, target=as_target(clean_class))
+    identity: dict[str, Any] = {"first": _model.first_fingerprint(model)}
+    if callable(explain):
+        identity["explain"] = _model.callable_fingerprint(explain)
     settings = Settings.of_map(
         map,
         x,
@@ -158,6 +164,7 @@ def certify(
         on_nonfinite=on_nonfinite,
         batch_images=x.shape[0],
         model_fingerprint=_model.fingerprint(model),
+        model_identity=identity,
         input_hashes=tuple(_model.input_hash(image) for image in x),
         **environment(x.device),
     )
@@ -176,7 +183,11 @@ def certify(
         )
         map = dataclasses.replace(map, autocast=_model.dtype_named(earlier.autocast))
     with torch.autocast(x.device.type, enabled=False):
-        sampler = prepared(model, x, map, stream)
+        sampler = prepared(model, x, map, stream, counted=(first_sample, first_sample + samples))
+        _model.check_classes(sampler.classes)
+        identity["behaviour"] = sampler.behaviour(asked)
+        if resumed is not None and path is not None:
+            _check_model(path, resumed.settings, dataclasses.replace(settings, model_identity=identity))
         fused = fused_sampling(settings, sampler)
         if fused is not None:
             settings = dataclasses.replace(settings, backends=settings.backends | {"mlp_smoothgrad": "triton"})
@@ -194,6 +205,7 @@ def certify(
             folded = sampler.folded if sampler.folded == resumed.settings.folded else None
         settings = dataclasses.replace(
             settings,
+            model_identity=identity,
             folded=folded,
             memory_format=sampler.memory_format,
             autocast=None if sampler.autocast is None else _model.dtype_name(sampler.autocast),
@@ -201,11 +213,12 @@ def certify(
         state = State(
             settings, x.shape[0], sampler.classes, x.device, first_sample=first_sample, keep_samples=keep_samples
         )
+        state.witness = sampler.sparing(sampler.witness)
         if resumed is not None and path is not None:
-            state.restore(path)
+            state.restore(path, sampler)
         counting: Counting = Captured(sampler, state) if fused is None else FusedCounting(fused, state)
         report = print_progress if progress is True else progress or None
-        certificate = Run(sampler, state, counting, plan, path, report, size).finish()
+        certificate = Run(sampler, state, counting, plan, path, report, size, state.witness).finish()
     warn_of_disagreement(certificate)
     return certificate
 
@@ -234,8 +247,11 @@ def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast:
         raise ValueError(
             f"checkpoint: {path} holds samples from {started[0]} on, got first_sample={first_sample}; takes a new path"
         )
+    _check_model(path, found.settings, wanted)
     # The score of a class rounds as the model does.
     moving = [
+        "model_fingerprint",  # judged above
+        "model_identity",
         "intervals",
         "batch_size",
         "memory_format",
@@ -255,6 +271,14 @@ def _resumable(path: Path, wanted: Settings, first_sample: int, *, any_autocast:
             "takes a new path, or the arguments of that run"
         )
     return found
+
+
+def _check_model(path: Path, found: Settings, wanted: Settings) -> None:
+    if (reason := found.other_model(wanted)) is not None:
+        raise ValueError(
+            f"checkpoint: {path} holds another run (differs in model_fingerprint, model_identity: {reason}); "
+            "takes a new path, or the model and the method of that run"
+        )
 
 
 def _set_as_before(

@@ -29,13 +29,13 @@ def clean_prediction(
 
     Raises ModelError if the model cannot be explained, or one row does not fit into memory.
     """
-    private = _model.private_copy(model)
+    private = _model.private_copy(model, quiet=False)  # what its hooks collect is dropped below
     least, most = _model.batch_sizes(private)
     rows = max(least, min(len(x), _ELEMENTS // x[0].numel()), 1)
     rows = rows if most is None else min(rows, most)
     classes: list[int] = []
     scores: list[float] = []
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), _model.unchanged(model):
         for part in x.detach().split(rows):
             padded = torch.cat([part, part[-1:].expand(max(least - len(part), 0), *part.shape[1:])])
             try:
@@ -46,7 +46,7 @@ def clean_prediction(
                     raise
                 raise ModelError(f"model: it runs out of memory with {rows} rows per batch ({error})") from error
             shares, largest = logits.softmax(1).max(1)
-            finite = logits.isfinite().all(1)
+            finite = logits.amax(1).isfinite()  # a class may be masked by -inf
             classes += torch.where(finite, largest, -1).tolist()
             scores += torch.where(finite, shares.clamp(0, 1), 0.0).tolist()
     return tuple(classes), tuple(scores)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from robattr_fast.certificates.certificate.certificate import Certificate
 from robattr_fast.certificates.engine.counting import Counting
 from robattr_fast.certificates.engine.interrupt import DeferredInterrupt
@@ -51,6 +53,8 @@ class Run:
     progress: Callable[[Progress], None] | None
     batch_size: int | None
     """Of all samples so far; None if they differ."""
+    witness: tuple[torch.Tensor, torch.Tensor] | None = None
+    """`Sampler.witness` when the run began: at its end the model must still do the same."""
 
     def __post_init__(self) -> None:
         self.wanted = [self.plan.next_look(done) for done in self.state.done]
@@ -83,6 +87,8 @@ class Run:
                 if interrupt.requested:
                     break
             certificate = self.certificate()
+            if any(self.state.done) and self.witness is not None:
+                self.sampler.check_witness(self.witness, "when the run began")
             self._save(final=True)
         if interrupt.requested:
             raise CertifyInterrupted(certificate)

@@ -17,6 +17,7 @@ from robattr_fast.certificates.settings import Settings
 from robattr_fast.errors import NonFiniteError
 from robattr_fast.reference._pack_levels import packed_row_bytes
 from robattr_fast.sampling.batch import Scored, Segment
+from robattr_fast.sampling.sampler import Sampler
 
 _NAMED_ROWS = 64  # images whose rows have a tensor each in a checkpoint
 
@@ -28,6 +29,9 @@ def _waits(tensor: torch.Tensor) -> bool:
 
 def _nothing() -> None:
     """Nothing is pending."""
+
+
+_WITNESS = ("witness_scores", "witness_logits")
 
 
 class State:
@@ -60,6 +64,7 @@ class State:
         self.class_counts = torch.zeros((images, classes), dtype=torch.int32, device=device)
         self.first_invalid = torch.full((images,), NONE_INVALID, dtype=torch.int64, device=device)
         self.done = [0] * images
+        self.witness: tuple[torch.Tensor, torch.Tensor] | None = None
         self.sizes = Sizes(settings)
         keeps = settings.retain > 0 and settings.levels is not None
         assert settings.planned_samples is not None
@@ -179,6 +184,9 @@ class State:
         """
         certificate = self.certificate(batch_size, moments=False)
         tensors = dict(certificate.tensors)
+        if self.witness is not None:
+            for name, tensor in zip(_WITNESS, self.witness, strict=True):
+                tensors[f"{files.CHECKPOINT}{name}"] = tensor.cpu()
         if self.retained:
             if final:
                 tensors |= self._summaries(range(len(self.retained)))
@@ -201,9 +209,12 @@ class State:
             counts[image] = len(rows)
         return {f"{files.CHECKPOINT}rows": torch.cat(list(held.values())), f"{files.CHECKPOINT}row_counts": counts}
 
-    def restore(self, path: str | os.PathLike) -> None:
-        """Go on from what `save` wrote."""
+    def restore(self, path: str | os.PathLike, sampler: Sampler) -> None:
+        """Go on from what `save` wrote, if the model still does what it did then."""
         tensors, _ = files.load(path)
+        before = [tensors.get(f"{files.CHECKPOINT}{name}") for name in _WITNESS]
+        if before[0] is not None and before[1] is not None:
+            sampler.check_witness((before[0], before[1]), f"when the samples of {path} were taken")
         if self.retained and f"{files.CHECKPOINT}invalid" not in tensors:
             raise ValueError(f"checkpoint: {path} is a certificate, from which no run can go on; takes a new path")
         for name in ("counts", "sums", "invalid", "class_counts"):

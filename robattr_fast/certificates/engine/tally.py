@@ -38,8 +38,8 @@ class Sizes:
                 )
             sizes = sizes.sum(dim=1)
         sizes = sizes.flatten(1)
-        # One NaN makes a row invalid.
-        sizes[:, 0].masked_fill_(~torch.isfinite(logits).all(dim=1), torch.nan)
+        # One NaN makes a row invalid. Classes masked by -inf leave a row its class, its gradient and its vote.
+        sizes[:, 0].masked_fill_(~torch.isfinite(logits.amax(dim=1)), torch.nan)
         return sizes
 
 

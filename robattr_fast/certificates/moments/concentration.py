@@ -1,4 +1,4 @@
-"""What counts and a Gram matrix prove about the covariance of a sparsified map (theorem T7; docs/certificates.md).
+"""What counts and a Gram matrix prove about the covariance of a sparsified map (theorem T7; docs/second-moments.md).
 
 Symbols: h_1..h_q are independent samples of a map in [0,1]^n with at most ``k_tau`` nonzero elements, p their mean,
 Sigma their covariance, lambda its largest eigenvalue, F its Frobenius norm, B^2 a sure bound on ||h - p||^2.

@@ -1,4 +1,4 @@
-"""A norm in which no direction of the covariance stands out, chosen from pilot samples (T7; docs/certificates.md).
+"""A norm in which no direction of the covariance stands out, chosen from pilot samples (T7; docs/second-moments.md).
 
 A few directions v_1, .. hold the largest eigenvalues of Sigma. W = I - sum_j (1 - w_j) v_j v_j', w_j <= 1, shrinks
 them, so that the largest eigenvalue of W Sigma W is far below that of Sigma, while a map that moves along v_j alone
@@ -142,7 +142,7 @@ def summarize_deflated(
     eigenvalue: an upper bound on those of the empirical covariance of the W h, where there is one (`Scatter`).
     """
     rows = len(gram)
-    # Coordinates are no longer than the maps, and off by less than 200 eps of that (docs/certificates.md, Rounding).
+    # Coordinates are no longer than the maps, and off by less than 200 eps of that (docs/second-moments.md, Rounding).
     entry_error = 80 * rounding_of(gram, levels)
     about = coordinates - coordinates.mean(0)
     shrunk = about * torch.tensor([1 - square for square in squares], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Upper bounds on eigenvalues that hold in floating point (docs/certificates.md, Rounding)."""
+"""Upper bounds on eigenvalues that hold in floating point (docs/second-moments.md, Rounding)."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Factors by which the formulas of T7 are rounded to the safe side (docs/certificates.md, Rounding)."""
+"""Factors by which the formulas of T7 are rounded to the safe side (docs/second-moments.md, Rounding)."""
 
 import torch
 

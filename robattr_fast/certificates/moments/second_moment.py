@@ -2,7 +2,7 @@
 
 p^ is the displayed map, the mean of q samples h_t = h(x + e_t), e_t ~ N(0, sigma^2 I); p its expectation, p~ the
 expectation at a perturbed x~ with ||x~ - x|| <= radius, Sigma the covariance of h. All statements below hold for every
-k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/certificates.md.
+k and radius at once, on one event of probability at least 1 - alpha. Proofs: docs/second-moments.md.
 """
 
 import math

@@ -51,6 +51,7 @@ class Replay:
     """What of the recorded environment is not as it is here. If empty, repeated samples must be equal bit for bit."""
 
 
+@_model.neutral()
 def replay(
     cert: Certificate,
     model: nn.Module,
@@ -96,14 +97,22 @@ def replay(
     k = max(1, settings.n // 5) if k is None else set_size(k, settings.n, settings.n)
     assert settings.input_hashes is not None
     faults = []
-    if _model.fingerprint(model) != settings.model_fingerprint:
-        faults.append("the model is another one: its fingerprint is not the recorded one")
+    here = {"first": _model.first_fingerprint(model)}
+    if reason := _model.other_model(
+        settings.model_fingerprint, settings.model_identity, _model.fingerprint(model), here
+    ):
+        faults.append(f"the model is another one: {reason}")
     if _model.input_hash(x.cpu()) != settings.input_hashes[0]:
         faults.append("the image is another one: its hash is not the recorded one")
     if faults:
         return Replay(0, total, tuple(faults), ())
     elsewhere = differences(settings, x.device)
     sampler, state = _prepared(cert, model, x)
+    recorded = (settings.model_identity or {}).get("behaviour")
+    if recorded is not None:
+        now = sampler.behaviour(_model.dtype_named(recorded["autocast"]))
+        if (reason := _model.other_behaviour(recorded, now)) is not None:
+            return Replay(0, total, (f"the model is another one: {reason}",), tuple(elsewhere))
     if samples is None or samples == total:
         faults = _compare_all(cert, sampler, exact=not elsewhere)
         return Replay(total, total, tuple(faults), tuple(elsewhere))
