@@ -7,6 +7,7 @@ from robattr_fast.model.checks import (
     check_repeatable,
     competing,
     gradients_apart,
+    other_map,
 )
 from robattr_fast.model.gradient import (
     AUTOCAST,
@@ -69,6 +70,7 @@ __all__ = [
     "neutral",
     "neutral_methods",
     "other_behaviour",
+    "other_map",
     "other_model",
     "private_copy",
     "scores",

@@ -14,6 +14,9 @@ GRADIENT = 0.05
 """Relative, L2 norm: so far gradients of one row may differ. Rounding moves them by as much as the share of units that
 it switches at the kink of their ReLU; dropout and statistics of the batch move them by a large part of their norm."""
 
+# Of the logits that compete, RMS, and of the gradient: further off, another dtype makes too much of another model. One
+# logit of many may be off by a few times as much.
+_NEARLY, _WORST, _NEARLY_GRADIENT = 0.02, 4, 0.5
 _ROUNDING = 8.0  # units of the last place of a logit of its own
 
 
@@ -58,6 +61,30 @@ def gradients_apart(ours: torch.Tensor, known: torch.Tensor) -> float:
     a, b = a[sound], b[sound]
     scale = torch.maximum(a.norm(dim=1), b.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
     return float(((a - b).norm(dim=1) / scale).max())
+
+
+def other_map(
+    ours: tuple[torch.Tensor, torch.Tensor],
+    known: tuple[torch.Tensor, torch.Tensor],
+    *,
+    eps: float,
+    allowed: float,
+    coarser: bool,
+) -> str | None:
+    """What differs by more than rounding between two ways, each (scores, logits); None: nothing does.
+
+    eps: of the dtype. allowed: relative difference of logits that rounding may make. coarser: ``ours`` in a dtype of
+    fewer digits, which may differ by more.
+    """
+    worst, usual = apart(ours[1], known[1], competing(known[1]), eps)
+    most = _NEARLY if coarser else allowed
+    if not (usual <= most and worst <= (_WORST * most if coarser else most)):
+        return f"logits (by {worst:.1e} of those that compete)"
+    same = (ours[1].argmax(dim=1) == known[1].argmax(dim=1)).nonzero()[:, 0]
+    turned = gradients_apart(ours[0][same], known[0][same])
+    if turned > (_NEARLY_GRADIENT if coarser else max(GRADIENT, 4 * most)):
+        return f"gradients (by {turned:.1e} of their norm)"
+    return None
 
 
 def check_fixed(

@@ -27,9 +27,6 @@ _logger = logging.getLogger("robattr_fast")
 
 _FIRST_ROWS = 2  # of the batch that a model is checked on
 _LARGEST_BATCH = 1024
-# Of the logits that compete, RMS, and of the gradient: further off, another dtype makes too much of another model. One
-# logit of many may be off by a few times as much.
-_NEARLY, _WORST, _NEARLY_GRADIENT = 0.02, 4, 0.5
 _PILOT = 2**32 - 2**20  # first of the samples that only checks and trials see
 
 Follow = Callable[[int], Following]
@@ -240,10 +237,11 @@ class Sampler:
             self.memory_format, self.autocast = way
             try:
                 alone, mixed = self._alone_and_mixed()
-                half_digits = self._half_digits(mixed[1])
-                if known is not None and way.autocast != ways[0].autocast:
-                    _model.check_fixed(alone, mixed, half_digits, self._eps(mixed[1]))
-                reason = None if known is None else self._other(mixed, known, way.autocast != ways[0].autocast)
+                coarser = way.autocast != ways[0].autocast
+                eps, allowed = self._eps(mixed[1]), self._half_digits(mixed[1])
+                if known is not None and coarser:
+                    _model.check_fixed(alone, mixed, allowed, eps)
+                reason = known and _model.other_map(mixed, known, eps=eps, allowed=allowed, coarser=coarser)
             except Exception as error:  # a model may take views that only one format allows, or dtypes
                 if not usable:
                     raise
@@ -257,20 +255,6 @@ class Sampler:
             known = known or mixed
             usable.append(way)
         return usable
-
-    def _other(
-        self, ours: tuple[torch.Tensor, torch.Tensor], known: tuple[torch.Tensor, torch.Tensor], coarser: bool
-    ) -> str | None:
-        """What differs by more than rounding between two ways, each (scores, logits); None: nothing does."""
-        worst, usual = _model.apart(ours[1], known[1], _model.competing(known[1]), self._eps(ours[1]))
-        allowed = _NEARLY if coarser else self._half_digits(ours[1])
-        if not (usual <= allowed and worst <= (_WORST * allowed if coarser else allowed)):
-            return f"logits (by {worst:.1e} of those that compete)"
-        same = (ours[1].argmax(dim=1) == known[1].argmax(dim=1)).nonzero()[:, 0]
-        turned = _model.gradients_apart(ours[0][same], known[0][same])
-        if turned > (_NEARLY_GRADIENT if coarser else max(_model.GRADIENT, 4 * allowed)):
-            return f"gradients (by {turned:.1e} of their norm)"
-        return None
 
     def _seconds(self, size: int, way: Way) -> float | None:
         """Of one batch of this size; None where it does not fit into memory."""
