@@ -73,7 +73,7 @@ def interrupted():
     class Interrupts(nn.Module):
         def forward(self, x):
             calls.append(len(x))
-            if len(calls) == 6:
+            if len(calls) == 40:
                 import os, signal
                 os.kill(os.getpid(), signal.SIGINT)
             return model(x)

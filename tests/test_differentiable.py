@@ -294,7 +294,7 @@ def test_an_own_function_without_second_derivative_is_named(frozen, last):
         rf.smoothgrad(model, images(), differentiable=True, **COMMON)
 
 
-def test_hooks_of_others_are_kept():
+def test_hooks_of_others_are_kept_and_collect_nothing():
     model, x = trained_cnn(), images()
     plain = gradients(rf.smoothgrad(model, x, differentiable=True, **COMMON), 1.0, x, model)
     calls = []
@@ -304,7 +304,7 @@ def test_hooks_of_others_are_kept():
         model[4].weight.register_hook(lambda gradient: 2 * gradient),
     ]
     rf.smoothgrad(model, x, differentiable=True, **COMMON).sum().backward()
-    assert {"forward", "backward"} <= set(calls)
+    assert not calls
     for parameter, wanted in zip(model.parameters(), plain[1:], strict=True):
         factor = 2 if parameter is model[4].weight else 1
         torch.testing.assert_close(parameter.grad, factor * wanted)

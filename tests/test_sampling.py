@@ -335,6 +335,7 @@ def test_a_stop_rule_keeps_batches_within_its_first_look(monkeypatch):
     monkeypatch.setattr(sampling.Sampler, "_seconds", lambda self, size, way: 5.0 + size)
     settings = {"sigma": 0.3, "samples": 8192, "second_moment": False}
     monkeypatch.setattr(engine, "Run", lambda sampler, *rest: SimpleNamespace(finish=lambda: sampler.batch_size))
+    monkeypatch.setattr(engine, "warn_of_disagreement", lambda batch_size: None)
     stop = rf.StopWhen(k=20, radius=0.1, overlap=0.5)
     assert rf.certify(Pictures(), COLOURED[:1], **settings, stop=stop) == 64
     assert rf.certify(Pictures(), COLOURED[:1].repeat(2, 1, 1, 1), **settings, stop=stop) == 128

@@ -43,7 +43,8 @@ SAME_MAP = (
 PER_IMAGE = ("image_ids", "intervals", "planned_samples", "input_hashes", "target", "clean_class", "clean_score")
 """Fields with one entry per image."""
 
-_SINCE_FORMAT_1 = ("clean_class", "clean_score")  # not written where unknown, so that files stay what they were
+# Not written where unknown, so that files stay what they were.
+_SINCE_FORMAT_1 = ("clean_class", "clean_score", "model_identity")
 _MOST_ELEMENTS = 2**31 - 1
 
 Interval = tuple[int, int]

@@ -24,22 +24,22 @@ _T = TypeVar("_T")
 def neutral() -> Iterator[None]:
     """Default device CPU, default dtype float32, no inference mode: a run makes its tensors as it means them.
 
-    The user's model runs with the user's defaults (`users_defaults`).
+    The user's model runs with the user's defaults (`users_defaults`). Whether gradients are recorded stays as it is.
     """
-    dtype = torch.get_default_dtype()
+    records, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     device = _default_device()
     if _users.get() is not None:  # within another run: its user's are known
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.set_grad_enabled(records):
             yield
         return
     if device is None and dtype == _OWN:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.set_grad_enabled(records):
             yield
         return
     token = _users.set((device, dtype))
     torch.set_default_dtype(_OWN)
     try:
-        with torch.inference_mode(False), torch.device("cpu"):
+        with torch.inference_mode(False), torch.set_grad_enabled(records), torch.device("cpu"):
             yield
     finally:
         torch.set_default_dtype(dtype)
