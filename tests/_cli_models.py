@@ -21,6 +21,21 @@ def other():
     return model
 
 
+class _Surrounded(nn.Module):
+    """Does something else by what is around the process: nothing that it is made of tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny()
+
+    def forward(self, x):
+        return self.model(x) * float(os.environ.get("ROBATTR_FAST_TEST_FACTOR", "1"))
+
+
+def surrounded():
+    return _Surrounded().eval()
+
+
 _SIGNAL = "ROBATTR_FAST_TEST_SIGNAL"
 """Environment variable: the model is the same one with and without a signal."""
 

@@ -156,7 +156,7 @@ def test_finished_images_are_not_sampled_again(folder):
     assert certify(model="counting").exit_code == 0
     before, sampled = contents("out"), _cli_models.passes()
     assert certify(model="counting").exit_code == 0
-    assert _cli_models.passes() == 0 < sampled
+    assert _cli_models.passes() < 10 < sampled  # a few, for what the model does with images of this shape
     assert contents("out") == before
     assert certify("--fresh", model="counting").exit_code == 0
     assert _cli_models.passes() == sampled
@@ -212,6 +212,19 @@ def test_a_damaged_certificate_is_sampled_again(folder):
     assert contents("out") == before
 
 
+def test_a_model_that_does_something_else_is_another_one(folder, monkeypatch):
+    assert certify(model="surrounded").exit_code == 0
+    before = {name: (folder / "out" / name).read_bytes() for name in names() if name.endswith(".safetensors")}
+    again = certify(model="surrounded")
+    assert again.exit_code == 0
+    assert "of another run" not in again.stderr
+    assert before == {name: (folder / "out" / name).read_bytes() for name in before}
+    monkeypatch.setenv("ROBATTR_FAST_TEST_FACTOR", "-1")
+    other = certify(model="surrounded")
+    assert other.exit_code == 0
+    assert other.stderr.count("is of another run (model_fingerprint): it is replaced") == len(before)
+
+
 def test_a_checkpoint_of_another_run_is_not_overwritten(folder):
     assert certify(model="interrupted").exit_code == 130
     kept = Path("out/photo0.checkpoint").read_bytes()
@@ -250,7 +263,7 @@ def test_stop_rule(folder):
         assert float(cert.overlap(72, 0.001).share) >= 0.3
         assert int(cert.samples[0]) < 4000
     assert certify(*options, samples=4000, model="counting").exit_code == 0
-    assert _cli_models.passes() == 0
+    assert _cli_models.passes() < 10  # a few, for what the model does with images of this shape
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ from robattr_fast.jobs.folder import Folder, Say, WriteError
 from robattr_fast.jobs.options import Options, checked_device, stop_rule
 from robattr_fast.jobs.record import CERTIFICATE, PICTURE, Record
 from robattr_fast.jobs.results import Results, Row, describe, entry, label
-from robattr_fast.jobs.resume import SAMPLING, Earlier
+from robattr_fast.jobs.resume import SAMPLING, Earlier, KnownModel
 from robattr_fast.machine import tune_allocator
-from robattr_fast.model import fingerprint
 from robattr_fast.report.sizes import top_size
 
 # Of one image, not of the run: the next image may do better.
@@ -78,8 +77,8 @@ def certify_folder(
     with Folder(out, [source.name for source in sources]) as folder:
         chosen = specs.load(model, size=options.size)
         module = chosen.module.to(device)
-        known = fingerprint(module)
-        results = Results(folder, settings, describe(settings, known, device))
+        known = KnownModel(module, settings, device)
+        results = Results(folder, settings, describe(settings, known.fingerprint, device))
         earlier = Earlier(folder, sources, fresh=fresh, say=say)
         earlier.check_checkpoints(sources, known, settings, device)
         run = Run(sources, chosen, module, known, device, results, earlier, say=say, show=show)
@@ -117,7 +116,7 @@ class Run:
     sources: list[images.Source]
     model: specs.Model
     module: torch.nn.Module
-    fingerprint: str
+    known: KnownModel
     device: torch.device
     results: Results
     earlier: Earlier
@@ -180,7 +179,7 @@ class Run:
         unfinished = []
         for image in left:
             try:
-                cert = self.earlier.finished(image.source, image.x, self.fingerprint, self.settings, self.device)
+                cert = self.earlier.finished(image.source, image.x, self.known, self.settings, self.device)
             except EXPECTED as error:
                 self._failed([image.source], error)
                 continue

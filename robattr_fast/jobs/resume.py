@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from robattr_fast.certificates import Certificate
-from robattr_fast.errors import CertificateFileError
+from robattr_fast import model as _model
+from robattr_fast.certificates import Certificate, Settings
+from robattr_fast.errors import CertificateFileError, ModelError
 from robattr_fast.inputs import images
 from robattr_fast.jobs.folder import Folder, Say
 from robattr_fast.jobs.options import stop_rule
@@ -17,6 +19,8 @@ from robattr_fast.jobs.record import CERTIFICATE, CHECKPOINT, PICTURE, Record
 from robattr_fast.jobs.results import Row
 from robattr_fast.model import input_hash
 from robattr_fast.ops import _check
+from robattr_fast.sampling.map import Map, Stream
+from robattr_fast.sampling.preparation import prepared
 
 SAMPLING = (
     "sigma",
@@ -37,6 +41,40 @@ SAMPLING = (
     "autocast",
 )
 """The options that samples and certificate depend on, as arguments of `certify`."""
+
+
+class KnownModel:
+    """Which model the run has: what it is made of, and what it does with images of a shape, computed when needed."""
+
+    def __init__(self, module: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+        self.fingerprint = _model.fingerprint(module)
+        self._first = {"first": _model.first_fingerprint(module)}
+        self._module, self._device = module, device
+        self._sigma, self._autocast = settings["sigma"], settings["autocast"]
+        self._behaviours: dict[tuple[torch.Size, torch.dtype], dict[str, Any]] = {}
+
+    def differs(self, earlier: Settings, x: torch.Tensor | None = None) -> bool:
+        """Whether a certificate's model is another one; with an image [C, H, W] also by what it does with such."""
+
+        def other(identity: dict[str, Any]) -> bool:
+            recorded = earlier.model_fingerprint, earlier.model_identity
+            return _model.other_model(*recorded, self.fingerprint, identity) is not None
+
+        if other(self._first) or x is None or not (earlier.model_identity or {}).get("behaviour"):
+            return other(self._first)
+        try:
+            return other({**self._first, "behaviour": self._behaviour(x)})
+        except ModelError:  # it was explained once, and cannot be any more: sampling will say why
+            return True
+
+    def _behaviour(self, x: torch.Tensor) -> dict[str, Any]:
+        key = x.shape, x.dtype
+        if key not in self._behaviours:
+            one = x[None].to(self._device)
+            map = Map.checked(one, sigma=self._sigma, autocast=self._autocast)
+            with torch.autocast(one.device.type, enabled=False):
+                self._behaviours[key] = prepared(self._module, one, map, Stream(0, (0,))).behaviour(map.autocast)
+        return self._behaviours[key]
 
 
 class Earlier:
@@ -63,7 +101,7 @@ class Earlier:
             return ()
 
     def finished(
-        self, source: images.Source, x: torch.Tensor, fingerprint: str, settings: dict[str, Any], device: torch.device
+        self, source: images.Source, x: torch.Tensor, known: KnownModel, settings: dict[str, Any], device: torch.device
     ) -> Certificate | None:
         """The certificate of this image, model and settings, if the folder has it and nothing is left to sample.
 
@@ -76,7 +114,7 @@ class Earlier:
         except CertificateFileError:
             return None  # it is sampled anew
         of_image = {"image_ids": (images.image_id(x),), "input_hashes": (input_hash(x),), "exploration": None}
-        differ = _differences(cert, settings, fingerprint, device)
+        differ = _differences(cert, settings, known, device, x)
         differ += [name for name, value in of_image.items() if getattr(cert.settings, name) != value]
         if differ:
             self._spare_another(source, differ)
@@ -92,7 +130,7 @@ class Earlier:
         return cert if stop and float(cert.overlap(stop.k, stop.radius).share) >= stop.overlap else None
 
     def check_checkpoints(
-        self, sources: Sequence[images.Source], fingerprint: str, settings: dict[str, Any], device: torch.device
+        self, sources: Sequence[images.Source], known: KnownModel, settings: dict[str, Any], device: torch.device
     ) -> None:
         """ValueError before anything is sampled if unfinished samples are of another run: they would be lost."""
         for source in sources:
@@ -103,7 +141,7 @@ class Earlier:
                 cert = Certificate.load(path)
             except CertificateFileError:
                 continue  # refused where it is used
-            differ = [name for name in _differences(cert, settings, fingerprint, device) if name != "keep_samples"]
+            differ = [name for name in _differences(cert, settings, known, device) if name != "keep_samples"]
             if differ:
                 raise ValueError(
                     f"checkpoint: {path} holds another run (differs in {', '.join(differ)}); "
@@ -154,7 +192,9 @@ class Earlier:
         return self.record(source).settings == settings and self._folder.file(source.name, PICTURE).exists()
 
 
-def _differences(cert: Certificate, settings: dict[str, Any], fingerprint: str, device: torch.device) -> list[str]:
+def _differences(
+    cert: Certificate, settings: dict[str, Any], known: KnownModel, device: torch.device, x: torch.Tensor | None = None
+) -> list[str]:
     """In what a certificate is not of these options, model and device, whatever its images are."""
     tau, gamma = _check.fractions(settings["tau"], settings["gamma"])
     target, images = settings["target"], len(cert)
@@ -163,8 +203,8 @@ def _differences(cert: Certificate, settings: dict[str, Any], fingerprint: str, 
         "gamma": gamma,
         "target": None if target is None else (target,) * images,
         "planned_samples": (settings["samples"],) * images,
-        "model_fingerprint": fingerprint,
         "device": str(device),
     }
     differ = [name for name, value in wanted.items() if getattr(cert.settings, name) != value]
+    differ += ["model_fingerprint"] if known.differs(cert.settings, x) else []
     return differ + (["keep_samples"] if (cert.packed is not None) != settings["keep_samples"] else [])
