@@ -15,6 +15,7 @@ from torch import nn
 
 from robattr_fast import model
 from robattr_fast.certificates import Certificate
+from robattr_fast.certificates.engine.clean import clean_prediction
 from robattr_fast.certificates.engine.counting import Eager
 from robattr_fast.certificates.engine.environment import environment
 from robattr_fast.certificates.engine.state import State
@@ -32,7 +33,10 @@ RADIUS, K_SHARE, PLANNED = 0.06, 0.2, 8192
 """Of the headline: what is asked of every certificate."""
 
 _FIRST_LOOK, _GROWTH = 256, 2 ** (1 / 6)
-_OF_A_RUN = ("planned_samples", "intervals", "batch_size", "memory_format", "folded")
+_OF_A_RUN = (
+    *("planned_samples", "intervals", "batch_size", "memory_format", "folded"),
+    *("clean_class", "clean_score", "model_identity"),
+)
 """Settings in which certificates at looks may differ from each other, or from another run's."""
 
 METHODS = ("published", "marginal", "second-moment")
@@ -123,8 +127,15 @@ def make(
     assert asked.image_ids is not None
     sampler = prepared(module, x[None], asked.map(), Stream(0, asked.image_ids))
     sampler.set_batch_size("auto", planned)
+    clean_class, clean_score = clean_prediction(module, x[None], None)
     settings = dataclasses.replace(
-        asked, planned_samples=(planned,), folded=sampler.folded, memory_format=sampler.memory_format
+        asked,
+        planned_samples=(planned,),
+        folded=sampler.folded,
+        memory_format=sampler.memory_format,
+        clean_class=clean_class,
+        clean_score=clean_score,
+        model_identity={"first": model.first_fingerprint(module), "behaviour": sampler.behaviour(None)},
     )
     # A run that was planned to end at a look divides its samples into other blocks: all of them are kept.
     state = State(settings, 1, sampler.classes, x.device, keep_samples=True)
