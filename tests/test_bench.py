@@ -113,6 +113,7 @@ def test_every_side_does_its_work(name, device):
     json.dumps(answer)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_alone():
     held = np.ones(50_000_000)  # 400 MB
     program = f"import runpy; print(runpy.run_path({machine.__file__!r})['peak_memory']())"
@@ -244,6 +245,7 @@ def test_sides_take_turns_and_one_that_fails_drops_out():
     assert len(found["a"]) == 3
 
 
+@pytest.mark.slow
 def test_an_entry_is_measured_and_recorded(tmp_path):
     path = tmp_path / "records" / "cpu.jsonl"
     (result,) = run.run([SMALL], Context(), path)

@@ -85,6 +85,7 @@ def test_the_build_has_every_architecture_and_ptx():
     assert images == expected | {("ptx", str(build.ARCHITECTURES[-1]))}
 
 
+@pytest.mark.slow
 def test_bindings_compile(tmp_path):
     compiler = os.environ.get("CXX", "g++")
     include = Path(torch.__file__).parent / "include"

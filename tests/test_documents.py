@@ -98,6 +98,7 @@ def test_attention_example(fashion, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_attention_example_without_data(tmp_path):
     done = run_example("--data", str(tmp_path))
     assert done.returncode != 0

@@ -136,6 +136,7 @@ def test_verify_and_report_show_them_too(run, monkeypatch):
     assert names.printable(HOSTILE["bytes"]) in html
 
 
+@pytest.mark.slow
 def test_as_a_process_that_writes_to_a_terminal_of_bytes(run):
     """Names that are no UTF-8, through the interpreter's own streams."""
     folder, _ = run
