@@ -43,7 +43,7 @@ def attack(
         list[float] | None, typer.Option(help="Of the ball; may be repeated.", show_default="0.1 0.5")
     ] = None,
     norm: Annotated[str, typer.Option(help="l2 or linf, of pixels in [0, 1].")] = "l2",
-    k: Annotated[float, typer.Option(help="Size of the top set, as a share of all elements.")] = 0.2,
+    k: Annotated[float, typer.Option(help="Size of the top set: a share of all elements, or a number of them.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Of the ascent.")] = 20,
     restarts: Annotated[int, typer.Option(help="Random starts per image.")] = 1,
     sigma: Annotated[float, typer.Option(help="Of the noise (smoothgrad, sparsified).")] = 0.2,

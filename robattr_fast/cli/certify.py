@@ -118,7 +118,10 @@ def certify(
     if results.rows:
         tell(console, f"Written to {out}/")
     if results.interrupted:
-        report("interrupted: what was sampled until then is certified and written")
+        report(
+            "interrupted: what was sampled until then is certified and written; the same command goes on, and second "
+            "moments, which certify most, come with complete blocks of samples"
+        )
         raise typer.Exit(130)
     if results.failures:
         raise typer.Exit(1)

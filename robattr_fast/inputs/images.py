@@ -209,6 +209,8 @@ def open_rgb(path: Path) -> Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: gigantic image, more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Image.UnidentifiedImageError as error:
+        if Path(path).suffix.lower() in EXTENSIONS:
+            raise ImageError(f"{path}: not an image that can be read: damaged, or not what its suffix says") from error
         raise ImageError(f"{path}: not an image; expected one of {' '.join(EXTENSIONS)}") from error
     except ImageError:
         raise

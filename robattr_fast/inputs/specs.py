@@ -143,7 +143,10 @@ def _load_callable(spec: str) -> Model:
     try:
         made = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's: it may raise anything
-        raise ModelError(f"model {spec!r}: importing {module_name} failed: {_named(error)}") from error
+        looked = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            looked = f" (looked in {here} and among the installed packages)"
+        raise ModelError(f"model {spec!r}: importing {module_name} failed: {_named(error)}{looked}") from error
     try:
         for name in attribute.split("."):
             made = getattr(made, name)

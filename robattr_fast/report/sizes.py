@@ -10,7 +10,7 @@ def checked_size(k: float) -> float:
     if k >= 1 and k == int(min(k, 2**53)):
         return int(k)
     if not 0 < k <= 0.5:
-        raise ValueError(f"k: got {k}, expected a share of the elements in (0, 0.5], or a number of elements")
+        raise ValueError(f"k: got {k}, expected a share of the elements in (0, 0.5], or a number of them (1, 50)")
     return k
 
 
